@@ -28,3 +28,5 @@ mod reference;
 mod server;
 /// The tree keeps its rules: layers, imports, sizes, names, a twin for every shader.
 mod tidy;
+/// Tool calls over HTTP: made, streamed, refused.
+mod tools;

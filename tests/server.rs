@@ -26,7 +26,7 @@ use tokio::{
 };
 use tower::ServiceExt;
 
-const CHAT: &str = "/v1/chat/completions";
+pub(crate) const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 
 fn start(config: ServerConfig) -> Arc<App> {
@@ -42,7 +42,7 @@ fn start(config: ServerConfig) -> Arc<App> {
 }
 
 /// The server with default limits, for tests that leave no mark on it.
-static SHARED: LazyLock<Arc<App>> = LazyLock::new(|| start(ServerConfig::default()));
+pub(crate) static SHARED: LazyLock<Arc<App>> = LazyLock::new(|| start(ServerConfig::default()));
 
 async fn call(router: Router, request: Request<Body>) -> (StatusCode, HeaderMap, String) {
     let response = router.oneshot(request).await.unwrap();
@@ -56,11 +56,15 @@ fn post_request(path: &str, body: &Value) -> Request<Body> {
     request.body(Body::from(body.to_string())).unwrap()
 }
 
-async fn post(app_: &Arc<App>, path: &str, body: &Value) -> (StatusCode, HeaderMap, String) {
+pub(crate) async fn post(
+    app_: &Arc<App>,
+    path: &str,
+    body: &Value,
+) -> (StatusCode, HeaderMap, String) {
     call(app(app_.clone()), post_request(path, body)).await
 }
 
-async fn post_ok(path: &str, body: &Value) -> Value {
+pub(crate) async fn post_ok(path: &str, body: &Value) -> Value {
     let (status, _, text) = post(&SHARED, path, body).await;
     assert_eq!(status, 200, "{text}");
     serde_json::from_str(&text).unwrap()
@@ -70,7 +74,7 @@ async fn get(app_: &Arc<App>, path: &str) -> (StatusCode, HeaderMap, String) {
     call(app(app_.clone()), Request::get(path).body(Body::empty()).unwrap()).await
 }
 
-fn hello(extra: Value) -> Value {
+pub(crate) fn hello(extra: Value) -> Value {
     let mut body = json!({
         "model": "gull",
         "messages": [{"role": "user", "content": "Hello"}],
@@ -82,7 +86,7 @@ fn hello(extra: Value) -> Value {
 }
 
 /// The chunks of a stream, which must end with `[DONE]`.
-fn chunks(stream: &str) -> Vec<Value> {
+pub(crate) fn chunks(stream: &str) -> Vec<Value> {
     let events: Vec<&str> = stream.split("\n\n").filter(|e| e.starts_with("data: ")).collect();
     let (done, chunks) = events.split_last().unwrap();
     assert_eq!(*done, "data: [DONE]");
@@ -97,7 +101,11 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-fn check_error(status: u16, param: Option<&str>, answer: &(StatusCode, HeaderMap, String)) {
+pub(crate) fn check_error(
+    status: u16,
+    param: Option<&str>,
+    answer: &(StatusCode, HeaderMap, String),
+) {
     let (found, headers, text) = answer;
     assert_eq!(found.as_u16(), status, "{text}");
     let body: Value = serde_json::from_str(text).unwrap();
@@ -146,7 +154,6 @@ async fn a_wrong_field_is_a_400_that_names_it() {
         ("allowed_token_ids", json!([])),
         ("top_logprobs", json!(21)),
         ("top_logprobs", json!(2)),
-        ("tools", json!([{"type": "function"}])),
         ("chat_template", json!("{{ x }}")),
         ("use_beam_search", json!(true)),
         ("response_format", json!({"type": "xml"})),

@@ -192,7 +192,7 @@ fn check(text: &str) -> Result<(), GrammarError> {
 }
 
 /// The schema with a bound on white space, unless it says something itself.
-fn bounded(mut schema: Value) -> Value {
+pub(super) fn bounded(mut schema: Value) -> Value {
     if schema == Value::Bool(true) {
         schema = json!({});
     }

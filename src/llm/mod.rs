@@ -7,6 +7,7 @@ mod files;
 mod grammar;
 mod memory;
 mod prompt;
+mod tools;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -26,6 +27,7 @@ pub use files::{DEFAULT_MODEL, FilesError, locate};
 pub use grammar::{Grammar, GrammarCompiler, GrammarError};
 pub use memory::MemoryPlan;
 pub use prompt::chat_prompt;
+pub use tools::{tell_tools, tool_format, tool_grammar};
 
 /// Where weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

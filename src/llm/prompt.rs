@@ -41,43 +41,88 @@ pub fn chat_prompt(
     add_generation_prompt: bool,
     extra: &Map<String, Value>,
 ) -> Result<Vec<u32>> {
-    if !messages.iter().any(|m| names_special(tokenizer, &m.content)) {
-        let text = template.render(messages, add_generation_prompt, extra)?;
-        return Ok(tokenizer.encode(&text, false)?);
+    let special = specials(tokenizer);
+    let mut hidden = Hidden { special: &special, texts: Vec::new() };
+    let mut messages = messages.to_vec();
+    for message in &mut messages {
+        hidden.hide_content(&mut message.content);
+        message.other.values_mut().for_each(|value| hidden.hide_inside(value));
     }
-    // Messages that spell special tokens go through the template as placeholders from a
-    // private-use plane, and are put in as plain text afterwards.
-    let mut contents = Vec::new();
-    let hidden: Vec<Message> = messages
-        .iter()
-        .map(|message| {
-            let mut message = message.clone();
-            if let Value::String(content) = &mut message.content {
-                contents.push(std::mem::replace(content, placeholder(contents.len())));
-            }
-            message
-        })
-        .collect();
-    let text = template.render(&hidden, add_generation_prompt, extra)?;
+    let mut extra = extra.clone();
+    extra.values_mut().for_each(|value| hidden.hide_inside(value));
+    let text = template.render(&messages, add_generation_prompt, &extra)?;
     let mut tokens = Vec::new();
     let mut rest = text.as_str();
-    for (i, content) in contents.iter().enumerate() {
-        if let Some((before, after)) = rest.split_once(&placeholder(i)) {
-            tokens.extend(tokenizer.encode(before, false)?);
-            tokens.extend(tokenizer.encode_plain(content)?);
-            rest = after;
-        }
+    while let Some((before, hidden, after)) = hidden.next(rest) {
+        tokens.extend(tokenizer.encode(before, false)?);
+        tokens.extend(tokenizer.encode_plain(hidden)?);
+        rest = after;
     }
     tokens.extend(tokenizer.encode(rest, false)?);
     Ok(tokens)
 }
 
-fn placeholder(i: usize) -> String {
-    format!("\u{F0000}{i}\u{F0001}")
+/// Texts of a conversation that spell special tokens. They go through the template as placeholders
+/// from a private-use plane, and are put in as plain text afterwards.
+struct Hidden<'a> {
+    special: &'a [String],
+    texts: Vec<String>,
 }
 
-fn names_special(tokenizer: &Tokenizer, content: &Value) -> bool {
-    let Some(text) = content.as_str() else { return false };
+impl Hidden<'_> {
+    /// Hides a message's content, whole: its parts would be other tokens.
+    fn hide_content(&mut self, content: &mut Value) {
+        if let Value::String(text) = content
+            && self.special.iter().any(|token| text.contains(token))
+        {
+            let placeholder = placeholder(self.texts.len());
+            self.texts.push(std::mem::replace(text, placeholder));
+        }
+    }
+
+    /// Hides the special tokens inside of the strings of tools and calls, which the template may
+    /// yet write as JSON.
+    fn hide_inside(&mut self, value: &mut Value) {
+        match value {
+            Value::String(text) => {
+                for token in self.special {
+                    if text.contains(token) {
+                        *text = text.replace(token, &placeholder(self.texts.len()));
+                        self.texts.push(token.clone());
+                    }
+                }
+            }
+            Value::Array(values) => values.iter_mut().for_each(|value| self.hide_inside(value)),
+            Value::Object(map) => map.values_mut().for_each(|value| self.hide_inside(value)),
+            _ => {}
+        }
+    }
+
+    /// What stands before the first placeholder, what it hides, and the rest.
+    fn next<'a>(&'a self, text: &'a str) -> Option<(&'a str, &'a str, &'a str)> {
+        if self.texts.is_empty() {
+            return None;
+        }
+        text.match_indices(OPENS).find_map(|(at, opens)| {
+            let (number, after) = text[at + opens.len()..].split_once(CLOSES)?;
+            let hidden = self.texts.get(number.parse::<usize>().ok()?)?;
+            Some((&text[..at], &**hidden, after))
+        })
+    }
+}
+
+const OPENS: char = '\u{F0000}';
+const CLOSES: char = '\u{F0001}';
+
+fn placeholder(i: usize) -> String {
+    format!("{OPENS}{i}{CLOSES}")
+}
+
+/// The special tokens' texts, the longest first: one may hold another.
+fn specials(tokenizer: &Tokenizer) -> Vec<String> {
     let ids = tokenizer.special_ids().iter();
-    ids.filter_map(|&id| tokenizer.id_to_token(id)).any(|token| text.contains(&token))
+    let mut texts: Vec<String> = ids.filter_map(|&id| tokenizer.id_to_token(id)).collect();
+    texts.retain(|text| !text.is_empty());
+    texts.sort_by_key(|text| std::cmp::Reverse(text.len()));
+    texts
 }

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     engine::TokenLogprobs,
-    llm::{FilesError, chat_prompt},
+    llm::{FilesError, chat_prompt, tell_tools},
     text::{Message, Tokenizer},
 };
 
@@ -23,10 +23,13 @@ use super::{
     generation::{Delta, Generation, Usage},
     sampling::{self, LOWEST_LOGPROB, MAX_LOGPROBS, check_prompt_chars, check_room},
     sse::{self, Format, StreamOptions},
+    tools::{Calls, Tools},
     unix_seconds,
 };
 
 const MAX_MESSAGES: usize = 4096;
+/// Calls of one message.
+const MAX_CALLS: usize = 128;
 
 pub(super) async fn create(
     State(app): State<Arc<App>>,
@@ -37,15 +40,16 @@ pub(super) async fn create(
     let mut fields = read_fields(&app, request).await?;
     app.check_model(fields.string("model")?.as_deref())?;
     let reading = app.clone();
-    let (ask, prompt) = blocking(move || {
+    let (ask, tools, prompt) = blocking(move || {
         let app = &reading;
-        let mut ask = sampling::read_ask(app, &mut fields)?;
+        let tools = Tools::read(app, &mut fields)?;
+        let mut ask = sampling::read_ask(app, &mut fields, tools.as_ref())?;
         ask.params.logprobs = read_logprobs(&mut fields)?;
         fields.refuse("echo", |v| v == false)?;
         fields.refuse("prompt_logprobs", |_| false)?;
-        let prompt = read_prompt(app, &mut fields)?;
+        let prompt = read_prompt(app, &mut fields, tools.as_ref())?;
         check_room(app, &prompt, &ask, "messages")?;
-        Ok((ask, prompt))
+        Ok((ask, tools, prompt))
     })
     .await?;
     let format = Chat {
@@ -56,6 +60,7 @@ pub(super) async fn create(
         logprobs: ask.params.logprobs.is_some(),
         token_ids: ask.return_token_ids,
         prompt: prompt.clone(),
+        calls: tools.map(|tools| (0..ask.n).map(|_| tools.calls()).collect()),
     };
     let generation =
         Generation::start(&app, &ask, &[prompt], arrived, admission, "messages").await?;
@@ -74,8 +79,12 @@ fn read_logprobs(fields: &mut Fields) -> Result<Option<usize>, ApiError> {
     Ok(wanted.then(|| top.unwrap_or(0) as usize))
 }
 
-/// Tokens of the conversation in `messages`.
-pub(super) fn read_prompt(app: &App, fields: &mut Fields) -> Result<Vec<u32>, ApiError> {
+/// Tokens of the conversation in `messages`, with `tools` to call.
+pub(super) fn read_prompt(
+    app: &App,
+    fields: &mut Fields,
+    tools: Option<&Tools>,
+) -> Result<Vec<u32>, ApiError> {
     let param = "messages";
     let messages = match fields.take(param) {
         Some(Value::Array(messages)) if messages.len() <= MAX_MESSAGES => messages,
@@ -88,7 +97,7 @@ pub(super) fn read_prompt(app: &App, fields: &mut Fields) -> Result<Vec<u32>, Ap
     if messages.is_empty() {
         return Err(ApiError::field(param, "messages is empty; send at least one message"));
     }
-    let messages = messages.into_iter().map(read_message).collect::<Result<Vec<_>, _>>()?;
+    let mut messages = messages.into_iter().map(read_message).collect::<Result<Vec<_>, _>>()?;
     for message in &messages {
         check_prompt_chars(app, message.content.as_str().unwrap_or(""), param)?;
     }
@@ -102,6 +111,12 @@ pub(super) fn read_prompt(app: &App, fields: &mut Fields) -> Result<Vec<u32>, Ap
     };
     if let Some(effort) = fields.string("reasoning_effort")? {
         extra.insert("reasoning_effort".to_owned(), Value::String(effort));
+    }
+    let tools = tools.map_or(&[][..], |tools| &tools.tools);
+    if !app.template_shows_tools {
+        tell_tools(&mut messages, tools, app.tool_format);
+    } else if !tools.is_empty() {
+        extra.insert("tools".to_owned(), Value::Array(tools.to_vec()));
     }
     let open = fields.bool("add_generation_prompt")?.unwrap_or(true);
     let no_template = || ApiError::of_prompt(&FilesError::NoTemplate.into(), param);
@@ -129,7 +144,38 @@ fn read_message(message: Value) -> Result<Message, ApiError> {
         Value::Null if message.role == "assistant" => Value::String(String::new()),
         _ => return Err(bad("has no content; send a string or text parts")),
     };
+    if let Some(calls) = message.other.get_mut("tool_calls") {
+        read_calls(calls)?;
+    }
     Ok(message)
+}
+
+/// Templates take a call's arguments as an object, OpenAI's clients send their JSON as text.
+fn read_calls(calls: &mut Value) -> Result<(), ApiError> {
+    let bad = |why: &str| ApiError::field("messages", format!("a tool call {why}"));
+    let calls = match calls {
+        Value::Null => return Ok(()),
+        Value::Array(calls) if calls.len() <= MAX_CALLS => calls,
+        _ => return Err(bad(&format!("is missing: tool_calls are an array of 0 to {MAX_CALLS}"))),
+    };
+    for call in calls {
+        if !call["function"]["name"].is_string() {
+            return Err(bad("must have a function with a name"));
+        }
+        let arguments = &mut call["function"]["arguments"];
+        match arguments {
+            Value::Object(_) => {}
+            Value::Null => *arguments = json!({}),
+            Value::String(text) if text.trim().is_empty() => *arguments = json!({}),
+            Value::String(text) => {
+                let parsed = serde_json::from_str::<Map<String, Value>>(text);
+                *arguments =
+                    parsed.map_err(|_| bad("has arguments that are no JSON object"))?.into();
+            }
+            _ => return Err(bad("has arguments that are no JSON object")),
+        }
+    }
+    Ok(())
 }
 
 impl StreamOptions {
@@ -151,6 +197,8 @@ struct Chat {
     logprobs: bool,
     token_ids: bool,
     prompt: Vec<u32>,
+    /// Of requests with tools. `[choices]`
+    calls: Option<Vec<Calls>>,
 }
 
 impl Chat {
@@ -175,6 +223,11 @@ impl Chat {
                 "finish_reason": finish,
             }]),
         )
+    }
+
+    fn finish_reason(&self, choice: usize, reason: &'static str) -> &'static str {
+        let calls = self.calls.as_ref().map(|calls| &calls[choice]);
+        calls.map_or(reason, |calls| calls.finish_reason(reason))
     }
 
     /// `logprobs.content` of some tokens.
@@ -203,14 +256,23 @@ impl Format for Chat {
     }
 
     fn chunks(&mut self, delta: Delta) -> Vec<Value> {
+        let mut contents = match &mut self.calls {
+            Some(calls) => calls[delta.choice].deltas(&delta),
+            None if delta.text.is_empty() => Vec::new(),
+            None => vec![json!({"content": delta.text})],
+        };
+        if contents.is_empty() && (self.logprobs || self.token_ids) {
+            contents.push(json!({"content": ""}));
+        }
         let mut chunks = Vec::new();
-        if !delta.text.is_empty() || self.logprobs || self.token_ids {
-            let mut chunk = self.chunk(delta.choice, json!({"content": delta.text}), None);
-            if self.logprobs {
+        for (i, content) in contents.into_iter().enumerate() {
+            let mut chunk = self.chunk(delta.choice, content, None);
+            // A token's numbers go with the first chunk that it made.
+            if self.logprobs && i == 0 {
                 let content = self.content(std::slice::from_ref(&delta));
                 chunk["choices"][0]["logprobs"] = json!({"content": content});
             }
-            if self.token_ids {
+            if self.token_ids && i == 0 {
                 chunk["choices"][0]["token_ids"] = delta.token.into_iter().collect();
                 if delta.first {
                     chunk["prompt_token_ids"] = json!(self.prompt);
@@ -219,6 +281,7 @@ impl Format for Chat {
             chunks.push(chunk);
         }
         if let Some(finish) = delta.finish {
+            let finish = self.finish_reason(delta.choice, finish);
             let mut chunk = self.chunk(delta.choice, json!({}), Some(finish));
             chunk["choices"][0]["stop_reason"] = delta.stop_reason;
             chunks.push(chunk);
@@ -231,14 +294,21 @@ impl Format for Chat {
     }
 
     fn whole(&mut self, choices: Vec<Vec<Delta>>, usage: &Usage) -> Value {
-        let choice = |(index, deltas): (usize, &Vec<Delta>)| {
-            let text: String = deltas.iter().map(|delta| delta.text.as_str()).collect();
+        let mut choice = |(index, deltas): (usize, &Vec<Delta>)| {
+            let message = match &mut self.calls {
+                Some(calls) => calls[index].message(deltas),
+                None => {
+                    let text: String = deltas.iter().map(|delta| delta.text.as_str()).collect();
+                    json!({"role": "assistant", "content": text, "refusal": null})
+                }
+            };
             let last = deltas.last();
+            let finish = last.and_then(|delta| delta.finish);
             let mut choice = json!({
                 "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": null},
+                "message": message,
                 "logprobs": self.logprobs.then(|| json!({"content": self.content(deltas)})),
-                "finish_reason": last.and_then(|delta| delta.finish),
+                "finish_reason": finish.map(|finish| self.finish_reason(index, finish)),
                 "stop_reason": last.map(|delta| &delta.stop_reason),
             });
             if self.token_ids {
@@ -246,7 +316,7 @@ impl Format for Chat {
             }
             choice
         };
-        let choices = choices.iter().enumerate().map(choice).collect();
+        let choices = choices.iter().enumerate().map(&mut choice).collect();
         let mut whole = self.frame("chat.completion", choices);
         whole["usage"] = usage.json();
         if self.token_ids {

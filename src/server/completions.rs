@@ -36,7 +36,9 @@ pub(super) async fn create(
     let reading = app.clone();
     let (ask, prompts, echo) = blocking(move || {
         let app = &reading;
-        let mut ask = sampling::read_ask(app, &mut fields)?;
+        let mut ask = sampling::read_ask(app, &mut fields, None)?;
+        fields.refuse("tools", |v| *v == json!([]))?;
+        fields.refuse("tool_choice", |v| v == "none")?;
         let echo = fields.bool("echo")?.unwrap_or(false);
         let logprobs = fields.int("logprobs", 0..=MAX_LOGPROBS)?;
         ask.params.logprobs = logprobs.map(|n| n as usize);

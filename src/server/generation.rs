@@ -104,8 +104,8 @@ impl Generation {
             let first_choice = choices.len();
             choices.extend((0..ask.n).map(|_| {
                 let tokenizer = app.tokenizer.clone();
-                let text =
-                    tokenizer.map(|t| TextStream::new(t, ask.stop.clone(), ask.include_stop));
+                let stream = |t| TextStream::new(t, ask.stop.clone(), ask.include_stop);
+                let text = tokenizer.map(|t| stream(t).keep(ask.kept_tokens.clone()));
                 Choice { prompt: i, text, started: false, finished: false }
             }));
             let events = sender.clone();

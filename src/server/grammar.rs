@@ -1,36 +1,58 @@
 //! `response_format` and vLLM's `structured_outputs`: what an answer must look like. Grammars are
 //! compiled here, away from the engine's thread, and a bad one is the client's error.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{engine::TokenMask, llm::Grammar};
 
-use super::{ApiError, App, error::no_tokenizer, fields::Fields};
+use super::{ApiError, App, error::no_tokenizer, fields::Fields, tools::Tools};
 
 /// Largest JSON schema and regular expression, bytes.
 const MAX_SCHEMA_BYTES: usize = 256 << 10;
 const MAX_REGEX_BYTES: usize = 4 << 10;
 const MAX_CHOICES: usize = 1024;
 
-/// The mask that the request asks for, if any.
+/// The mask that the request asks for, if any. Tools that must be called decide alone; with those
+/// that may be called, JSON may stand in place of a call.
 pub(super) fn read_mask(
     app: &App,
     fields: &mut Fields,
+    tools: Option<&Tools>,
 ) -> Result<Option<Box<dyn TokenMask>>, ApiError> {
-    let format = fields.take("response_format").map(response_format).transpose()?.flatten();
-    let structured = fields.take("structured_outputs").map(structured_outputs).transpose()?;
-    let (grammar, param) = match (format, structured.flatten()) {
-        (None, None) => return Ok(None),
-        (Some(grammar), None) => (grammar, "response_format"),
-        (None, Some(grammar)) => (grammar, "structured_outputs"),
-        (Some(_), Some(_)) => {
-            let message = "give response_format or structured_outputs, not both";
-            return Err(ApiError::field("structured_outputs", message));
+    let asked = read_grammar(fields)?;
+    let (grammar, param) = match (tools, asked) {
+        (Some(tools), _) if tools.must_call() => (tools.grammar(app, None)?, "tools"),
+        (_, None) => return Ok(None),
+        (None, Some(asked)) => asked,
+        (Some(tools), Some((Grammar::JsonSchema(schema), param))) => {
+            (tools.grammar(app, Some(schema))?, param)
+        }
+        (Some(tools), Some((Grammar::JsonObject, param))) => {
+            (tools.grammar(app, Some(json!({"type": "object"})))?, param)
+        }
+        (Some(_), Some((_, param))) => {
+            let message = "with tools, only JSON can be asked for; set tool_choice to none";
+            return Err(ApiError::field(param, message));
         }
     };
     let compiler = app.grammars.as_ref().ok_or_else(no_tokenizer)?;
     let mask = compiler.compile(&grammar);
     mask.map(Some).map_err(|error| ApiError::field(param, error.to_string()))
+}
+
+/// The grammar that the request spells, and the field that does.
+fn read_grammar(fields: &mut Fields) -> Result<Option<(Grammar, &'static str)>, ApiError> {
+    let format = fields.take("response_format").map(response_format).transpose()?.flatten();
+    let structured = fields.take("structured_outputs").map(structured_outputs).transpose()?;
+    match (format, structured.flatten()) {
+        (None, None) => Ok(None),
+        (Some(grammar), None) => Ok(Some((grammar, "response_format"))),
+        (None, Some(grammar)) => Ok(Some((grammar, "structured_outputs"))),
+        (Some(_), Some(_)) => {
+            let message = "give response_format or structured_outputs, not both";
+            Err(ApiError::field("structured_outputs", message))
+        }
+    }
 }
 
 fn response_format(format: Value) -> Result<Option<Grammar>, ApiError> {

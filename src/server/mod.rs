@@ -20,6 +20,7 @@ mod sampling;
 mod sse;
 mod status;
 mod tokenize;
+mod tools;
 mod worker;
 
 use std::{
@@ -33,8 +34,8 @@ use std::{
 use crate::{
     Result,
     engine::SamplingParams,
-    llm::{GrammarCompiler, Llm},
-    text::{ChatTemplate, Tokenizer},
+    llm::{GrammarCompiler, Llm, tool_format},
+    text::{ChatTemplate, Tokenizer, ToolFormat},
 };
 
 pub use app::{ROUTES, app};
@@ -82,6 +83,8 @@ pub struct ServerConfig {
     pub shutdown_timeout: Duration,
     /// Whether the engine shares prefixes; shown in `/metrics`.
     pub prefix_caching: bool,
+    /// How the model writes tool calls; as its chat template says if absent.
+    pub tool_format: Option<ToolFormat>,
     /// `/metrics` shows each expert of each layer.
     pub per_expert_metrics: bool,
 }
@@ -105,6 +108,7 @@ impl Default for ServerConfig {
             stall_timeout: Duration::from_secs(60),
             shutdown_timeout: Duration::from_secs(30),
             prefix_caching: true,
+            tool_format: None,
             per_expert_metrics: false,
         }
     }
@@ -120,6 +124,10 @@ pub struct App {
     config: ServerConfig,
     tokenizer: Option<Arc<Tokenizer>>,
     template: Option<Arc<ChatTemplate>>,
+    /// How the model writes tool calls.
+    tool_format: ToolFormat,
+    /// The chat template shows tools; otherwise they are told in words.
+    template_shows_tools: bool,
     /// None without a tokenizer.
     grammars: Option<GrammarCompiler>,
     defaults: SamplingParams,
@@ -142,6 +150,9 @@ impl App {
             Some(_) => Some(llm.grammar_compiler()?),
             None => None,
         };
+        let detected = llm.template.as_ref().map(tool_format);
+        let tool_format = config.tool_format.or(detected).unwrap_or(ToolFormat::Hermes);
+        let template_shows_tools = llm.template.as_ref().is_some_and(|t| t.mentions("tools"));
         let metrics = Arc::new(Metrics::new(MetricsInfo {
             model_name: config.model_name.clone(),
             max_model_len,
@@ -160,6 +171,8 @@ impl App {
             config,
             tokenizer: llm.tokenizer,
             template: llm.template.map(Arc::new),
+            tool_format,
+            template_shows_tools,
             grammars,
             defaults: llm.defaults,
             vocab_size,

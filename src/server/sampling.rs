@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::engine::{SamplingParams, TokenMask};
 
-use super::{ApiError, App, fields::Fields, grammar};
+use super::{ApiError, App, fields::Fields, grammar, tools::Tools};
 
 /// Answers to one prompt.
 const MAX_N: i64 = 16;
@@ -36,6 +36,8 @@ pub(super) struct Ask {
     pub(super) include_usage: bool,
     pub(super) continuous_usage: bool,
     pub(super) return_token_ids: bool,
+    /// Special tokens that are part of the text.
+    pub(super) kept_tokens: Vec<u32>,
 }
 
 /// Known to OpenAI or vLLM, not offered here, and harmless only in these values.
@@ -57,8 +59,6 @@ const REFUSED: &[(&str, &[&str])] = &[
     ("continue_final_message", &["false"]),
     ("return_tokens_as_token_ids", &["false"]),
     ("suffix", &["\"\""]),
-    ("tools", &["[]"]),
-    ("tool_choice", &["\"none\"", "\"auto\""]),
     ("functions", &["[]"]),
     ("function_call", &["\"none\"", "\"auto\""]),
     ("audio", &[]),
@@ -69,11 +69,15 @@ const REFUSED: &[(&str, &[&str])] = &[
 ];
 
 /// Reads the shared fields and refuses the ones that are not offered.
-pub(super) fn read_ask(app: &App, fields: &mut Fields) -> Result<Ask, ApiError> {
+pub(super) fn read_ask(
+    app: &App,
+    fields: &mut Fields,
+    tools: Option<&Tools>,
+) -> Result<Ask, ApiError> {
     for &(name, harmless) in REFUSED {
         fields.refuse(name, |value| harmless.contains(&value.to_string().as_str()))?;
     }
-    let mask = grammar::read_mask(app, fields)?;
+    let mask = grammar::read_mask(app, fields, tools)?;
     let params = read_params(app, fields)?;
     let stream = fields.bool("stream")?.unwrap_or(false);
     let (mut include_usage, mut continuous_usage) = (false, false);
@@ -98,7 +102,14 @@ pub(super) fn read_ask(app: &App, fields: &mut Fields) -> Result<Ask, ApiError> 
         include_usage,
         continuous_usage,
         return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
+        kept_tokens: tools.map_or(Vec::new(), |tools| kept_tokens(app, tools)),
     })
+}
+
+/// The marks of calls, where the tokenizer holds them as special tokens.
+fn kept_tokens(app: &App, tools: &Tools) -> Vec<u32> {
+    let Some(tokenizer) = &app.tokenizer else { return Vec::new() };
+    tools.format.marks().iter().filter_map(|mark| tokenizer.token_to_id(mark)).collect()
 }
 
 fn read_params(app: &App, fields: &mut Fields) -> Result<SamplingParams, ApiError> {

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{
     ApiError, App, app::read_fields, blocking, chat_completions::read_prompt,
-    sampling::check_prompt_chars,
+    sampling::check_prompt_chars, tools::Tools,
 };
 
 pub(super) async fn tokenize(
@@ -30,7 +30,10 @@ pub(super) async fn tokenize(
                 let tokens = app.tokenizer()?.encode(&text, special.unwrap_or(true));
                 tokens.map_err(|e| ApiError::of_prompt(&e.into(), "prompt"))?
             }
-            None => read_prompt(&app, &mut fields)?,
+            None => {
+                let tools = Tools::read(&app, &mut fields)?;
+                read_prompt(&app, &mut fields, tools.as_ref())?
+            }
         };
         let mut body = json!({
             "count": tokens.len(),

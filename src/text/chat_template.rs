@@ -143,6 +143,11 @@ impl ChatTemplate {
         sandbox::run(|| env.add_template_owned(name, source).map_err(|e| template_error(&e)))
     }
 
+    /// Whether the template's source, or that of its variant for tools, has this text.
+    pub fn mentions(&self, text: &str) -> bool {
+        self.env.templates().any(|(_, template)| template.source().contains(text))
+    }
+
     /// Sets where `strftime_now` takes the time from: seconds since 1970, UTC. The browser, which
     /// has no system clock for WebAssembly, must call this; elsewhere it is set.
     pub fn set_clock(&mut self, unix_seconds: fn() -> i64) {

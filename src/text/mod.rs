@@ -14,8 +14,10 @@ mod stream;
 mod tests;
 mod to_json;
 mod tokenizer;
+mod tool_calls;
 
 pub use chat_template::{ChatTemplate, Message};
 pub use error::TextError;
 pub use stream::{Chunk, TextStream};
 pub use tokenizer::{SpecialTokens, Tokenizer};
+pub use tool_calls::{ToolFormat, ToolParser, ToolPiece};

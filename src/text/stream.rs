@@ -28,6 +28,8 @@ pub struct TextStream {
     state: DecodeState,
     stop: Vec<String>,
     include_stop: bool,
+    /// Special tokens that are text all the same.
+    kept: Vec<u32>,
     /// Text that may be the start of a stop string.
     held: String,
     stopped: bool,
@@ -39,7 +41,15 @@ impl TextStream {
     pub fn new(tokenizer: Arc<Tokenizer>, mut stop: Vec<String>, include_stop: bool) -> Self {
         stop.retain(|text| !text.is_empty());
         let state = tokenizer.start_decoding();
-        Self { tokenizer, state, stop, include_stop, held: String::new(), stopped: false }
+        let (kept, held) = (Vec::new(), String::new());
+        Self { tokenizer, state, stop, include_stop, kept, held, stopped: false }
+    }
+
+    /// Keeps these special tokens in the text.
+    #[must_use]
+    pub fn keep(mut self, ids: Vec<u32>) -> Self {
+        self.kept = ids;
+        self
     }
 
     /// Adds the next token. After a stop string, tokens add nothing. Neither do ids that the
@@ -47,7 +57,8 @@ impl TextStream {
     /// choose one all the same.
     pub fn push(&mut self, token_id: u32) -> Chunk {
         let bytes = self.tokenizer.token_bytes(token_id).unwrap_or_default();
-        if !self.stopped && !self.tokenizer.is_special(token_id) {
+        let special = self.tokenizer.is_special(token_id) && !self.kept.contains(&token_id);
+        if !self.stopped && !special {
             self.state.push(bytes, &mut self.held);
         }
         self.release()
