@@ -32,7 +32,7 @@ pub fn moe_layer(runner: &mut Runner, tokens: usize) -> Result<MoeLayerRow> {
     runner.record_experts(&mut rec, tokens);
     let plan = runner.device().prepare(rec)?;
     let seconds = median_seconds(runner.device(), &plan, 4)? / moe.len() as f64;
-    let timings = runner.device().run_profiled(&plan)?;
+    let timings = runner.device().run_profiled(&plan)?.wait_now()?;
     let kernels = by_kernel(&timings).into_iter();
     let kernels = kernels.map(|(label, _, s)| (label, s * 1e6 / moe.len() as f64)).collect();
     let (r, width) = (&moe[0].routing, moe[0].intermediate_size);

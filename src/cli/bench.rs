@@ -219,7 +219,7 @@ impl Bench {
                 eprintln!("{} batch {}", row.test, row.batch);
                 n_runs += 1;
             })?;
-            print_profile(&runner.take_profile(), n_runs);
+            print_profile(&pollster::block_on(runner.take_profile())?, n_runs);
         }
         Ok(())
     }
