@@ -1,8 +1,8 @@
 //! The library's error: one variant per layer, each with a sentence that names cause and cure.
 
 use crate::{
-    device::DeviceError, engine::EngineError, llm::FilesError, model::ModelError, text::TextError,
-    weights::WeightsError,
+    device::DeviceError, engine::EngineError, llm::FilesError, model::ModelError,
+    parallel::ParallelError, text::TextError, weights::WeightsError,
 };
 #[cfg(not(target_arch = "wasm32"))]
 use crate::{evaluate::EvaluateError, llm::GrammarError};
@@ -31,6 +31,9 @@ pub enum Error {
     /// The model's configuration.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// Experts over several devices.
+    #[error(transparent)]
+    Parallel(#[from] ParallelError),
     /// Checkpoint files and their tensors.
     #[error(transparent)]
     Weights(#[from] WeightsError),
