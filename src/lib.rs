@@ -32,6 +32,7 @@ pub mod bench;
 pub mod device;
 pub mod engine;
 pub mod error;
+#[cfg(not(target_arch = "wasm32"))]
 pub mod evaluate;
 pub mod kernels;
 pub mod llm;

@@ -98,7 +98,7 @@ fn kernels(runner: &mut Runner, plan: &Plan, load: &Load, n_layers: f64) -> Resu
     // Kernel and role, its work, and its time in each pass.
     let mut all: Vec<(String, Work, Vec<f64>)> = Vec::new();
     for pass in 0..PROFILES {
-        let timings = runner.device().run_profiled(plan)?;
+        let timings = runner.device().run_profiled(plan)?.wait_now()?;
         for ((label, time), dispatch) in timings.iter().zip(&plan.recording().dispatches) {
             let at = all.iter().position(|row| row.0 == *label).unwrap_or_else(|| {
                 all.push((label.to_string(), Work::default(), vec![0.0; PROFILES]));

@@ -223,8 +223,8 @@ fn kernels(area: &Area<'_>, report: &Report) -> Drawn {
             let rate = kernel.rate() / report.ceilings.matmul_flops * 100.0;
             let color = Palette99::pick(if rate > bandwidth { 1 } else { 0 }).mix(0.45);
             let (share, unit) = match rate > bandwidth {
-                true => (rate, format!("{:.1} TFLOP/s", kernel.rate() / 1e12)),
-                false => (bandwidth, format!("{:.0} GB/s", kernel.bandwidth() / 1e9)),
+                true => (rate, format!("{:.3} TFLOP/s", kernel.rate() / 1e12)),
+                false => (bandwidth, format!("{:.1} GB/s", kernel.bandwidth() / 1e9)),
             };
             let bar = [(0.0, y + 0.1), (share.min(100.0), y + 0.9)];
             chart.draw_series([Rectangle::new(bar, color.filled())])?;
@@ -253,7 +253,7 @@ mod tests {
         let kernel = |label: &str, microseconds| KernelRow {
             label: label.into(),
             microseconds,
-            bytes: 1e7,
+            bytes: 4e7,
             flops: 1e9,
         };
         Report {

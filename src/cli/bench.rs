@@ -121,7 +121,9 @@ impl ModelRows {
         Workload {
             prompts: fitting(&prompts, 0, &|n| format!("pp{n}")),
             generate,
-            depths: fitting(&self.depth, generate, &|n| format!("tg{generate} @ d{n}")),
+            depths: fitting(if generate == 0 { &[] } else { &self.depth }, generate, &|n| {
+                format!("tg{generate} @ d{n}")
+            }),
             batches: self.batch.clone(),
             repetitions: self.repetitions,
         }
@@ -153,7 +155,7 @@ fn profile(runner: &mut Runner, workload: &Workload) -> anyhow::Result<()> {
             n_runs += 1;
         };
         rows(runner, &workload, &mut done, &mut left_out)?;
-        print_profile(&runner.take_profile(), n_runs);
+        print_profile(&pollster::block_on(runner.take_profile())?, n_runs);
     }
     Ok(())
 }

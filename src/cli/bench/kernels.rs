@@ -77,7 +77,8 @@ fn print_table(row: &MoeLayerRow, report: &Report) -> anyhow::Result<()> {
     for kernel in &row.kernels {
         let (bandwidth, rate) = (kernel.bandwidth(), kernel.rate());
         print_line(format_args!(
-            "    {:<26} {:>9.1} us {:>8.1} GB/s {:>4.0}% of copy {:>9.3} TFLOP/s {:>4.0}% of product",
+            "    {:<26} {:>9.1} us {:>8.1} GB/s {:>4.0}% of copy {:>9.3} TFLOP/s {:>4.0}% of \
+             product",
             kernel.label,
             kernel.microseconds,
             bandwidth / 1e9,
