@@ -206,6 +206,14 @@ impl Device {
         }
     }
 
+    /// Driver name and version; empty on the CPU.
+    pub fn driver(&self) -> String {
+        match self {
+            Device::Gpu(gpu) => gpu.driver().into(),
+            Device::Cpu(_) => String::new(),
+        }
+    }
+
     /// Gives a tensor's buffer back.
     pub fn free(&mut self, tensor: Tensor) {
         match self {
@@ -218,6 +226,14 @@ impl Device {
     pub fn allocated_bytes(&self) -> u64 {
         match self {
             Device::Gpu(gpu) => gpu.allocated_bytes(),
+            Device::Cpu(cpu) => cpu.allocated_bytes(),
+        }
+    }
+
+    /// Most bytes that live buffers have taken at a time.
+    pub fn peak_bytes(&self) -> u64 {
+        match self {
+            Device::Gpu(gpu) => gpu.peak_bytes(),
             Device::Cpu(cpu) => cpu.allocated_bytes(),
         }
     }
