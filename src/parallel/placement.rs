@@ -289,7 +289,8 @@ mod tests {
             let old = Placement::round_robin(1, load.len(), ranks.len());
             let kept = placement.keeping(&old).unwrap();
             for rank in 0..ranks.len() {
-                let (mut a, mut b) = (kept.layers()[0].held(rank).to_vec(), owners.held(rank).to_vec());
+                let mut a = kept.layers()[0].held(rank).to_vec();
+                let mut b = owners.held(rank).to_vec();
                 a.sort();
                 b.sort();
                 prop_assert_eq!(a, b);
