@@ -17,6 +17,8 @@ pub struct Gpu {
     caps: Caps,
     info: adapter::AdapterInfo,
     memory_bytes: Option<u64>,
+    /// Most bytes of buffers at a time.
+    peak_bytes: u64,
     failure: Failure,
 }
 
@@ -142,7 +144,18 @@ impl Gpu {
             sink.set(DeviceError::Lost { message: format!("{reason:?}: {message}") });
         });
         let (buffers, pipelines) = (Vec::new(), HashMap::new());
-        Ok(Self { device, queue, buffers, pipelines, caps, info, memory_bytes, failure })
+        let peak_bytes = 0;
+        Ok(Self {
+            device,
+            queue,
+            buffers,
+            pipelines,
+            caps,
+            info,
+            memory_bytes,
+            peak_bytes,
+            failure,
+        })
     }
 
     pub(super) fn caps(&self) -> &Caps {
@@ -171,6 +184,11 @@ impl Gpu {
         format!("{} ({}, {} tier)", self.info.name, self.info.backend, self.caps.tier())
     }
 
+    /// Driver name and version.
+    pub(super) fn driver(&self) -> &str {
+        &self.info.driver
+    }
+
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         self.failure.check()
     }
@@ -197,6 +215,7 @@ impl Gpu {
             self.buffers.push(None);
         }
         self.buffers[id] = Some(buffer);
+        self.peak_bytes = self.peak_bytes.max(self.allocated_bytes());
         Ok(BufferId(id as u32))
     }
 
@@ -208,6 +227,10 @@ impl Gpu {
 
     pub(super) fn allocated_bytes(&self) -> u64 {
         self.buffers.iter().flatten().map(wgpu::Buffer::size).sum()
+    }
+
+    pub(super) fn peak_bytes(&self) -> u64 {
+        self.peak_bytes
     }
 
     pub(super) fn buffer(&self, id: BufferId) -> &wgpu::Buffer {

@@ -10,13 +10,11 @@ mod recording;
 mod shader;
 mod tensor;
 
-use std::time::Duration;
-
 pub use adapter::{AdapterInfo, DeviceChoice, adapters};
 pub use caps::{Caps, Tier};
 pub use cpu::{Cpu, Io};
 pub use gpu::Gpu;
-pub use plan::{Plan, Readback};
+pub use plan::{Plan, Readback, Timing, Timings};
 pub(crate) use recording::params;
 pub use recording::{Access, Binding, Dispatch, Kernel, Launch, Params, Recording, Shader, Twin};
 pub use tensor::{BufferId, DType, Tensor};
@@ -108,9 +106,6 @@ pub enum Device {
     /// The CPU, through the kernels' twins.
     Cpu(Cpu),
 }
-
-/// Time that one dispatch took: its label and duration.
-pub type Timing = (std::borrow::Cow<'static, str>, Duration);
 
 /// Where tensors come from: a device, or a [`Tally`] that only adds them up.
 pub trait Allocate {
@@ -211,6 +206,14 @@ impl Device {
         }
     }
 
+    /// Driver name and version; empty on the CPU.
+    pub fn driver(&self) -> String {
+        match self {
+            Device::Gpu(gpu) => gpu.driver().into(),
+            Device::Cpu(_) => String::new(),
+        }
+    }
+
     /// Gives a tensor's buffer back.
     pub fn free(&mut self, tensor: Tensor) {
         match self {
@@ -223,6 +226,14 @@ impl Device {
     pub fn allocated_bytes(&self) -> u64 {
         match self {
             Device::Gpu(gpu) => gpu.allocated_bytes(),
+            Device::Cpu(cpu) => cpu.allocated_bytes(),
+        }
+    }
+
+    /// Most bytes that live buffers have taken at a time.
+    pub fn peak_bytes(&self) -> u64 {
+        match self {
+            Device::Gpu(gpu) => gpu.peak_bytes(),
             Device::Cpu(cpu) => cpu.allocated_bytes(),
         }
     }
@@ -268,25 +279,22 @@ impl Device {
         }
     }
 
-    /// Runs a plan and waits, timing each dispatch: by GPU timestamps where there are any,
-    /// otherwise (and on the CPU device) by the host's clock.
+    /// Submits a plan, timing each dispatch: by GPU timestamps where there are any, otherwise (and
+    /// on the CPU device) by the host's clock, which waits for each.
     ///
     /// # Errors
     /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
-    pub fn run_profiled(&mut self, plan: &Plan) -> Result<Vec<Timing>, DeviceError> {
-        let times = match self {
-            Device::Gpu(gpu) => plan.submit_profiled(gpu)?,
-            Device::Cpu(cpu) => cpu.run(plan.recording()),
-        };
-        let labels = plan.recording().dispatches.iter().map(|d| d.label.clone());
-        Ok(labels.zip(times).collect())
+    pub fn run_profiled(&mut self, plan: &Plan) -> Result<Timings, DeviceError> {
+        match self {
+            Device::Gpu(gpu) => plan.submit_profiled(gpu),
+            Device::Cpu(cpu) => Ok(Timings::ready(plan.recording(), cpu.run(plan.recording()))),
+        }
     }
 
-    /// Waits until all submitted work is done.
+    /// Waits until all submitted work is done; not in browsers, where nothing may block.
     ///
     /// # Errors
     /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
-    #[cfg(not(target_arch = "wasm32"))]
     pub fn wait(&mut self) -> Result<(), DeviceError> {
         match self {
             Device::Gpu(gpu) => plan::wait(&gpu.device, &gpu.failure(), None),
@@ -308,13 +316,11 @@ impl Device {
         }
     }
 
-    /// Reads a tensor and waits for it.
+    /// Reads a tensor and waits for it; not in browsers, where nothing may block.
     ///
     /// # Errors
     /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
-    #[cfg(not(target_arch = "wasm32"))]
     pub fn read_now<T: bytemuck::Pod>(&mut self, tensor: &Tensor) -> Result<Vec<T>, DeviceError> {
-        let bytes = pollster::block_on(self.read(tensor).wait())?;
-        Ok(bytemuck::pod_collect_to_vec(&bytes))
+        Ok(bytemuck::pod_collect_to_vec(&self.read(tensor).wait_now()?))
     }
 }

@@ -1,7 +1,9 @@
 //! A recording made ready: pipelines, bind groups and one uniform block, built once per shape and
 //! run every step in one pass and one submit. And the way results come back.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
+
+use futures_channel::oneshot;
 
 use super::{Caps, DeviceError, Gpu, Recording, Tensor, gpu::Failure};
 
@@ -103,11 +105,13 @@ impl Plan {
     }
 
     /// A pass per dispatch, with timestamps around it.
-    pub(super) fn submit_profiled(&self, gpu: &mut Gpu) -> Result<Vec<Duration>, DeviceError> {
-        let Caps { timestamps: true, .. } = gpu.caps() else { return self.submit_timed(gpu) };
+    pub(super) fn submit_profiled(&self, gpu: &Gpu) -> Result<Timings, DeviceError> {
+        let Caps { timestamps: true, .. } = gpu.caps() else {
+            return Ok(Timings::ready(&self.rec, self.submit_timed(gpu)?));
+        };
         let n = self.steps.len();
-        let mut times = Vec::with_capacity(n);
-        let period = f64::from(gpu.queue.get_timestamp_period());
+        let mut timings = Timings::ready(&self.rec, Vec::new());
+        timings.period = f64::from(gpu.queue.get_timestamp_period());
         // A query set holds at most 4096 queries.
         for part in (0..n).step_by(2048) {
             let part = part..(part + 2048).min(n);
@@ -137,22 +141,17 @@ impl Plan {
             }
             encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
             gpu.queue.submit([encoder.finish()]);
-            let bytes = Readback::copy(gpu, &[(&resolved, 0, resolved.size())]).wait_now()?;
-            let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&bytes);
-            times.extend(
-                ticks.chunks(2).map(|t| {
-                    Duration::from_nanos((t[1].saturating_sub(t[0]) as f64 * period) as u64)
-                }),
-            );
+            timings.ticks.push(Readback::copy(gpu, &[(&resolved, 0, resolved.size())]));
         }
-        Ok(times)
+        gpu.check()?;
+        Ok(timings)
     }
 
     /// A submit and a wait per dispatch, timed by the host.
     fn submit_timed(&self, gpu: &Gpu) -> Result<Vec<Duration>, DeviceError> {
         let mut times = Vec::with_capacity(self.steps.len());
         for (step, d) in self.steps.iter().zip(&self.rec.dispatches) {
-            let start = std::time::Instant::now();
+            let start = web_time::Instant::now();
             let mut encoder = gpu.device.create_command_encoder(&Default::default());
             step.encode(&mut encoder.begin_compute_pass(&Default::default()), d.grid);
             gpu.queue.submit([encoder.finish()]);
@@ -184,6 +183,50 @@ pub(super) fn wait(
     }
 }
 
+/// Time that one dispatch took: its label and duration.
+pub type Timing = (Cow<'static, str>, Duration);
+
+/// Times of a plan's dispatches, perhaps still on their way.
+#[must_use]
+#[derive(Debug)]
+pub struct Timings {
+    labels: Vec<Cow<'static, str>>,
+    times: Vec<Duration>,
+    /// Begin and end of each dispatch. U64 `[dispatches, 2]`, in parts
+    ticks: Vec<Readback>,
+    /// Nanoseconds of a tick.
+    period: f64,
+}
+
+impl Timings {
+    pub(super) fn ready(rec: &Recording, times: Vec<Duration>) -> Self {
+        let labels = rec.dispatches.iter().map(|d| d.label.clone()).collect();
+        Self { labels, times, ticks: Vec::new(), period: 1.0 }
+    }
+
+    /// The times, once the device is done.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
+    pub async fn wait(self) -> Result<Vec<Timing>, DeviceError> {
+        let mut times = self.times;
+        for part in self.ticks {
+            let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&part.wait().await?);
+            let nanos = |t: &[u64]| (t[1].saturating_sub(t[0]) as f64 * self.period) as u64;
+            times.extend(ticks.chunks(2).map(|t| Duration::from_nanos(nanos(t))));
+        }
+        Ok(self.labels.into_iter().zip(times).collect())
+    }
+
+    /// [`Timings::wait`], blocking; not in browsers.
+    ///
+    /// # Errors
+    /// Those of [`Timings::wait`].
+    pub fn wait_now(self) -> Result<Vec<Timing>, DeviceError> {
+        pollster::block_on(self.wait())
+    }
+}
+
 /// A copy to the host that is under way.
 #[must_use]
 #[derive(Debug)]
@@ -198,7 +241,7 @@ enum State {
         submission: wgpu::SubmissionIndex,
         staging: wgpu::Buffer,
         bytes: usize,
-        mapped: std::sync::mpsc::Receiver<Result<(), wgpu::BufferAsyncError>>,
+        mapped: oneshot::Receiver<Result<(), wgpu::BufferAsyncError>>,
     },
 }
 
@@ -229,7 +272,7 @@ impl Readback {
             at += bytes;
         }
         let submission = gpu.queue.submit([encoder.finish()]);
-        let (sender, mapped) = std::sync::mpsc::channel();
+        let (sender, mapped) = oneshot::channel();
         staging.map_async(wgpu::MapMode::Read, .., move |result| {
             // The receiver is gone if nobody waits any more.
             let _ = sender.send(result);
@@ -245,33 +288,39 @@ impl Readback {
         })
     }
 
-    /// The bytes, once they are here.
+    /// The bytes, once they are here; work submitted later may go on. In browsers this waits
+    /// without blocking, elsewhere it blocks.
     ///
     /// # Errors
     /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
     pub async fn wait(self) -> Result<Vec<u8>, DeviceError> {
-        self.wait_now()
-    }
-
-    /// The bytes, once they are here; work submitted later may go on.
-    ///
-    /// # Errors
-    /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
-    pub fn wait_now(self) -> Result<Vec<u8>, DeviceError> {
         let (device, failure, submission, staging, bytes, mapped) = match self.0 {
             State::Ready(bytes) => return Ok(bytes),
             State::Mapping { device, failure, submission, staging, bytes, mapped } => {
                 (device, failure, submission, staging, bytes, mapped)
             }
         };
+        // In browsers polling does nothing: they deliver by themselves.
         wait(&device, &failure, Some(submission))?;
         let lost = |message: String| DeviceError::Lost { message };
-        match mapped.try_recv() {
+        match mapped.await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => return Err(lost(error.to_string())),
+            Ok(Err(error)) => {
+                failure.check()?;
+                return Err(lost(error.to_string()));
+            }
             Err(_) => return Err(lost("a result was never delivered".into())),
         }
+        failure.check()?;
         let view = staging.get_mapped_range(..).map_err(|e| lost(e.to_string()))?;
         Ok(view[..bytes].to_vec())
+    }
+
+    /// [`Readback::wait`], blocking; not in browsers.
+    ///
+    /// # Errors
+    /// Those of [`Readback::wait`].
+    pub fn wait_now(self) -> Result<Vec<u8>, DeviceError> {
+        pollster::block_on(self.wait())
     }
 }

@@ -1,6 +1,6 @@
 //! What to load and how, set one by one.
 
-use crate::{Result, device::DeviceChoice, engine::EngineConfig, weights::WeightFormat};
+use crate::{device::DeviceChoice, engine::EngineConfig, weights::WeightFormat};
 
 use super::{Llm, LlmOptions, LoadFormat};
 
@@ -62,7 +62,8 @@ impl LlmBuilder {
     ///
     /// # Errors
     /// [`crate::Error`] for files that are missing or wrong and for models that do not fit.
-    pub fn build(self) -> Result<Llm> {
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn build(self) -> crate::Result<Llm> {
         Llm::open(self.0)
     }
 }

@@ -4,6 +4,7 @@
 mod answer;
 mod builder;
 mod files;
+#[cfg(not(target_arch = "wasm32"))]
 mod grammar;
 mod memory;
 mod prompt;
@@ -17,13 +18,15 @@ use crate::{
     engine::{Engine, EngineConfig, Runner, SamplingParams},
     model::{KvCache, Limits, Model, ModelSpec, Precision},
     text::{ChatTemplate, Tokenizer},
-    weights::{Checkpoint, DummySource, Source, WeightFormat},
+    weights::{Checkpoint, DummySource, Files, Source, WeightFormat},
 };
 
 pub use answer::{Answer, Generation};
 pub use builder::LlmBuilder;
+#[cfg(not(target_arch = "wasm32"))]
 pub(crate) use files::read_json;
 pub use files::{DEFAULT_MODEL, FilesError, locate};
+#[cfg(not(target_arch = "wasm32"))]
 pub use grammar::{Grammar, GrammarCompiler, GrammarError};
 pub use memory::MemoryPlan;
 pub use prompt::chat_prompt;
@@ -111,6 +114,7 @@ pub struct PlannedLlm {
     pub spec: ModelSpec,
     /// What it will take.
     pub memory: MemoryPlan,
+    files: Box<dyn Files>,
     device: Device,
     limits: Limits,
     n_blocks: usize,
@@ -139,11 +143,25 @@ impl PlannedLlm {
     ///
     /// # Errors
     /// [`crate::Error`] for files that are missing or wrong and for models that cannot fit.
-    pub fn new(mut options: LlmOptions) -> Result<Self> {
-        options.block_size = options.block_size.clamp(1, MAX_STEP_TOKENS);
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn new(options: LlmOptions) -> Result<Self> {
         let dir = files::resolve(&options)?;
-        let (spec, defaults) = files::read_config(&dir)?;
-        let mut device = pollster::block_on(Device::open(&options.device))?;
+        let files = Box::new(crate::weights::Directory(dir.clone()));
+        pollster::block_on(Self::from_files(files, dir, options))
+    }
+
+    /// As [`PlannedLlm::new`], for files that lie anywhere; `dir` is what errors call the place.
+    ///
+    /// # Errors
+    /// Those of [`PlannedLlm::new`].
+    pub async fn from_files(
+        files: Box<dyn Files>,
+        dir: PathBuf,
+        mut options: LlmOptions,
+    ) -> Result<Self> {
+        options.block_size = options.block_size.clamp(1, MAX_STEP_TOKENS);
+        let (spec, defaults) = files::read_config(&*files, &dir)?;
+        let mut device = Device::open(&options.device).await?;
         if let Some(tier) = options.tier {
             device.shrink(tier);
         }
@@ -159,7 +177,18 @@ impl PlannedLlm {
         }
         .fit(&spec, &device.caps());
         let (memory, n_blocks) = memory::plan(&options, &spec, &limits, max_model_len, &device)?;
-        Ok(Self { dir, spec, memory, device, limits, n_blocks, max_model_len, defaults, options })
+        Ok(Self {
+            dir,
+            spec,
+            memory,
+            files,
+            device,
+            limits,
+            n_blocks,
+            max_model_len,
+            defaults,
+            options,
+        })
     }
 
     /// Adapter, backend and tier, or why the CPU computes.
@@ -178,17 +207,12 @@ impl PlannedLlm {
     /// [`crate::Error`] for broken checkpoints, tokenizers and templates, and device failures.
     pub fn load(mut self, progress: &dyn Fn(u64)) -> Result<Llm> {
         let dummy = self.options.load_format == LoadFormat::Dummy;
-        let tokenizer =
-            match self.options.text && (self.dir.join("tokenizer.json").exists() || !dummy) {
-                true => Some(Arc::new(Tokenizer::from_dir(&self.dir)?)),
-                false => None,
-            };
-        let template = match self.options.text {
-            true => ChatTemplate::from_dir(&self.dir)?,
-            false => None,
+        let (tokenizer, template) = match self.options.text {
+            true => self.read_text(dummy)?,
+            false => (None, None),
         };
         let source: Box<dyn Source> = match self.options.load_format {
-            LoadFormat::Safetensors => Box::new(Checkpoint::open(&self.dir)?),
+            LoadFormat::Safetensors => Box::new(Checkpoint::from_files(&*self.files, &self.dir)?),
             LoadFormat::Dummy => Box::new(DummySource::new(self.options.engine.seed)),
         };
         let precision = Precision::of(self.options.weights);
@@ -211,6 +235,20 @@ impl PlannedLlm {
         let engine = Engine::new(runner, self.options.engine);
         Ok(Llm { dir: self.dir, engine, tokenizer, template, defaults: self.defaults })
     }
+
+    /// The tokenizer, which only a dummy model may lack, and the chat template.
+    fn read_text(&self, dummy: bool) -> Result<(Option<Arc<Tokenizer>>, Option<ChatTemplate>)> {
+        let read = |name| files::read(&*self.files, &self.dir, name);
+        let config = read("tokenizer_config.json")?;
+        let template =
+            ChatTemplate::from_bytes(read("chat_template.jinja")?.as_deref(), config.as_deref())?;
+        let tokenizer = match read("tokenizer.json")? {
+            Some(json) => Some(Arc::new(Tokenizer::from_bytes(&json, config.as_deref())?)),
+            None if dummy => None,
+            None => return Err(FilesError::NoTokenizer { dir: self.dir.clone() }.into()),
+        };
+        Ok((tokenizer, template))
+    }
 }
 
 /// Tokens of a step, and positions of a block, at most: keeps sizes far from overflow.
@@ -224,6 +262,7 @@ impl Llm {
     ///
     /// # Errors
     /// Those of [`PlannedLlm::new`] and [`PlannedLlm::load`].
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn open(options: LlmOptions) -> Result<Self> {
         PlannedLlm::new(options)?.load(&|_| {})
     }
@@ -242,6 +281,7 @@ impl Llm {
     ///
     /// # Errors
     /// [`FilesError::NoTokenizer`], [`GrammarError`].
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn grammar_compiler(&mut self) -> Result<GrammarCompiler> {
         let tokenizer = self.tokenizer()?.clone();
         let spec = &self.engine.runner().model().spec;

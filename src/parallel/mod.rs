@@ -1,0 +1,39 @@
+//! Experts that are not all on one device: who owns them, how activations reach their owners, and
+//! which of them a device holds for now. A leaf: it knows devices and banks, neither layers'
+//! recordings nor requests.
+
+mod balance;
+mod owners;
+mod placement;
+
+pub use balance::{Cluster, balancedness, is_improvement, preserve_slots, rebalance, replicate};
+pub use owners::{ExpertLayout, Owners};
+pub use placement::{Placement, Rank};
+
+/// Experts that cannot be spread as asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ParallelError {
+    /// An expert that nobody would hold, or that does not exist.
+    #[error("the placement of {n_experts} experts {cause}; each must be on one device or more")]
+    Placement {
+        /// Experts of the layer.
+        n_experts: usize,
+        /// What is wrong.
+        cause: String,
+    },
+    /// A placement file that says something else.
+    #[error("the placement file cannot be used: {cause}")]
+    PlacementFile {
+        /// What is wrong.
+        cause: String,
+    },
+    /// More experts than all devices hold together.
+    #[error("a layer's {n_experts} experts need as many slots, and all devices have {n_slots}")]
+    NoRoom {
+        /// Experts of the layer.
+        n_experts: usize,
+        /// Slots of all devices.
+        n_slots: usize,
+    },
+}
