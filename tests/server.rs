@@ -30,10 +30,15 @@ pub(crate) const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 
 fn start(config: ServerConfig) -> Arc<App> {
+    start_with_context(256, config)
+}
+
+/// A server whose prompts and answers have at most `max_model_len` tokens together.
+pub(crate) fn start_with_context(max_model_len: usize, config: ServerConfig) -> Arc<App> {
     let options = LlmOptions {
         model: Some(concat!(env!("CARGO_MANIFEST_DIR"), "/models/gull-20m").to_owned()),
         device: DeviceChoice::Cpu,
-        max_model_len: Some(256),
+        max_model_len: Some(max_model_len),
         max_num_seqs: 8,
         ..LlmOptions::default()
     };
@@ -42,7 +47,7 @@ fn start(config: ServerConfig) -> Arc<App> {
 }
 
 /// The server with default limits, for tests that leave no mark on it.
-pub(crate) static SHARED: LazyLock<Arc<App>> = LazyLock::new(|| start(ServerConfig::default()));
+static SHARED: LazyLock<Arc<App>> = LazyLock::new(|| start(ServerConfig::default()));
 
 async fn call(router: Router, request: Request<Body>) -> (StatusCode, HeaderMap, String) {
     let response = router.oneshot(request).await.unwrap();
@@ -64,7 +69,7 @@ pub(crate) async fn post(
     call(app(app_.clone()), post_request(path, body)).await
 }
 
-pub(crate) async fn post_ok(path: &str, body: &Value) -> Value {
+async fn post_ok(path: &str, body: &Value) -> Value {
     let (status, _, text) = post(&SHARED, path, body).await;
     assert_eq!(status, 200, "{text}");
     serde_json::from_str(&text).unwrap()

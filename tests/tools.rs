@@ -1,8 +1,21 @@
 //! Tool calls over HTTP: the shipped model, which knows no tools, calls them when it must.
 
+use std::sync::{Arc, LazyLock};
+
+use moewe::server::{App, ServerConfig};
 use serde_json::{Value, json};
 
-use super::server::{CHAT, SHARED, check_error, chunks, hello, post, post_ok};
+use super::server::{CHAT, check_error, chunks, hello, post, start_with_context};
+
+/// Tools told in words take a few hundred tokens of the small vocabulary.
+static SHARED: LazyLock<Arc<App>> =
+    LazyLock::new(|| start_with_context(768, ServerConfig::default()));
+
+async fn post_ok(path: &str, body: &Value) -> Value {
+    let (status, _, text) = post(&SHARED, path, body).await;
+    assert_eq!(status, 200, "{text}");
+    serde_json::from_str(&text).unwrap()
+}
 
 fn weather() -> Value {
     json!({"type": "function", "function": {
