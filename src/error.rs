@@ -6,6 +6,7 @@ use crate::{
     evaluate::EvaluateError,
     llm::{FilesError, GrammarError},
     model::ModelError,
+    parallel::ParallelError,
     text::TextError,
     weights::WeightsError,
 };
@@ -32,6 +33,9 @@ pub enum Error {
     /// The model's configuration.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// Experts over several devices.
+    #[error(transparent)]
+    Parallel(#[from] ParallelError),
     /// Checkpoint files and their tensors.
     #[error(transparent)]
     Weights(#[from] WeightsError),

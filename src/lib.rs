@@ -24,8 +24,8 @@
 //! | [`kernels`] | a WGSL shader, its launch and its CPU twin under one name |
 //! | [`device`] | memory and dispatch; the only place that knows wgpu |
 //!
-//! [`weights`] (checkpoints and their packing) and [`text`] (tokenizer, chat template, stream) are
-//! leaves. [`evaluate`] holds a model against references, [`bench`](mod@bench) measures it,
+//! [`weights`] (checkpoints and their packing), [`text`] (tokenizer, chat template, stream) and
+//! [`parallel`] (experts over several devices) are leaves. [`evaluate`] holds a model against references, [`bench`](mod@bench) measures it,
 //! [`server`] puts it behind OpenAI's HTTP interface.
 
 pub mod bench;
@@ -36,6 +36,7 @@ pub mod evaluate;
 pub mod kernels;
 pub mod llm;
 pub mod model;
+pub mod parallel;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod server;
 pub mod text;

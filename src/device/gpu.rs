@@ -5,7 +5,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use super::{Access, BufferId, Caps, DeviceError, Dispatch, Shader, Tier, adapter, shader};
+use super::{
+    Access, BufferId, Caps, DeviceError, Dispatch, Part, Shader, Tier, adapter, plan::StagingPool,
+    shader,
+};
 
 /// An opened adapter with its buffers and compiled pipelines.
 #[derive(Debug)]
@@ -18,6 +21,7 @@ pub struct Gpu {
     info: adapter::AdapterInfo,
     memory_bytes: Option<u64>,
     failure: Failure,
+    pub(super) staging: StagingPool,
 }
 
 /// A compiled shader variant.
@@ -56,7 +60,9 @@ impl Failure {
 
 const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16
     .union(wgpu::Features::SUBGROUP)
-    .union(wgpu::Features::TIMESTAMP_QUERY);
+    .union(wgpu::Features::TIMESTAMP_QUERY)
+    // For memory of the host that is filled and copied from, see `alloc_host`.
+    .union(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
 
 pub(super) fn caps_of(adapter: &wgpu::Adapter) -> Caps {
     let (features, limits, info) = (adapter.features(), adapter.limits(), adapter.get_info());
@@ -142,7 +148,8 @@ impl Gpu {
             sink.set(DeviceError::Lost { message: format!("{reason:?}: {message}") });
         });
         let (buffers, pipelines) = (Vec::new(), HashMap::new());
-        Ok(Self { device, queue, buffers, pipelines, caps, info, memory_bytes, failure })
+        let staging = StagingPool::default();
+        Ok(Self { device, queue, buffers, pipelines, caps, info, memory_bytes, failure, staging })
     }
 
     pub(super) fn caps(&self) -> &Caps {
@@ -180,12 +187,29 @@ impl Gpu {
     }
 
     pub(super) fn alloc(&mut self, what: &str, bytes: u64) -> Result<BufferId, DeviceError> {
+        self.create(what, bytes, wgpu::BufferUsages::STORAGE)
+    }
+
+    /// A buffer in the host's memory: wgpu puts what may be mapped for reading there.
+    pub(super) fn alloc_host(&mut self, what: &str, bytes: u64) -> Result<BufferId, DeviceError> {
+        let mappable = wgpu::Features::MAPPABLE_PRIMARY_BUFFERS;
+        let usage = match self.device.features().contains(mappable) {
+            true => wgpu::BufferUsages::MAP_READ,
+            false => wgpu::BufferUsages::empty(),
+        };
+        self.create(what, bytes, usage)
+    }
+
+    fn create(
+        &mut self,
+        what: &str,
+        bytes: u64,
+        usage: wgpu::BufferUsages,
+    ) -> Result<BufferId, DeviceError> {
         let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some(what),
             size: bytes,
-            usage: wgpu::BufferUsages::STORAGE
-                | wgpu::BufferUsages::COPY_DST
-                | wgpu::BufferUsages::COPY_SRC,
+            usage: usage | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
             mapped_at_creation: false,
         });
         self.check().map_err(|error| match error {
@@ -216,6 +240,17 @@ impl Gpu {
 
     pub(super) fn write(&mut self, id: BufferId, offset: u64, bytes: &[u8]) {
         self.queue.write_buffer(self.buffer(id), offset, bytes);
+    }
+
+    pub(super) fn copy(&self, parts: &[Part]) -> Result<(), DeviceError> {
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        for p in parts {
+            let (from, to) = (self.buffer(p.from.buffer), self.buffer(p.to.buffer));
+            let (start, end) = (p.from.offset + p.from_byte, p.to.offset + p.to_byte);
+            encoder.copy_buffer_to_buffer(from, start, to, end, p.bytes);
+        }
+        self.queue.submit([encoder.finish()]);
+        self.check()
     }
 
     /// The compiled pipeline of a dispatch, from the cache or new.

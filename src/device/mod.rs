@@ -10,7 +10,7 @@ mod recording;
 mod shader;
 mod tensor;
 
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
 pub use adapter::{AdapterInfo, DeviceChoice, adapters};
 pub use caps::{Caps, Tier};
@@ -111,6 +111,21 @@ pub enum Device {
 
 /// Time that one dispatch took: its label and duration.
 pub type Timing = (std::borrow::Cow<'static, str>, Duration);
+
+/// Bytes of one tensor that go to another, all in whole 4-byte words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// Where they are.
+    pub from: Tensor,
+    /// From this byte on.
+    pub from_byte: u64,
+    /// Where they go; not in the same buffer.
+    pub to: Tensor,
+    /// From this byte on.
+    pub to_byte: u64,
+    /// How many.
+    pub bytes: u64,
+}
 
 /// Where tensors come from: a device, or a [`Tally`] that only adds them up.
 pub trait Allocate {
@@ -259,13 +274,64 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Lost`].
     pub fn run(&mut self, plan: &Plan) -> Result<(), DeviceError> {
+        let all = 0..plan.recording().dispatches.len();
+        self.submit(plan, all, &[]).map(drop)
+    }
+
+    /// Submits some dispatches of a plan, such as a segment between two cuts, and starts copying
+    /// tensors to the host behind them, as [`Device::read_all`] does.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`].
+    pub fn submit(
+        &mut self,
+        plan: &Plan,
+        dispatches: Range<usize>,
+        reads: &[Tensor],
+    ) -> Result<Readback, DeviceError> {
         match self {
-            Device::Gpu(gpu) => plan.submit(gpu),
+            Device::Gpu(gpu) => plan.submit(gpu, dispatches, reads),
             Device::Cpu(cpu) => {
-                cpu.run(plan.recording());
+                cpu.run(plan.recording(), dispatches);
+                Ok(self.read_all(reads))
+            }
+        }
+    }
+
+    /// Copies parts of tensors to other tensors, after all work submitted so far.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`].
+    pub fn copy(&mut self, parts: &[Part]) -> Result<(), DeviceError> {
+        match self {
+            Device::Gpu(gpu) => gpu.copy(parts),
+            Device::Cpu(cpu) => {
+                for p in parts {
+                    let (from, to) = (p.from.offset + p.from_byte, p.to.offset + p.to_byte);
+                    cpu.copy((p.from.buffer, from), (p.to.buffer, to), p.bytes);
+                }
                 Ok(())
             }
         }
+    }
+
+    /// Memory of the host that the device copies from without the processor's help, such as for
+    /// weights that the device has no room for. No kernel can bind it.
+    ///
+    /// # Errors
+    /// [`DeviceError::TooLarge`], [`DeviceError::OutOfMemory`].
+    pub fn alloc_host(
+        &mut self,
+        what: &str,
+        shape: &[usize],
+        dtype: DType,
+    ) -> Result<Tensor, DeviceError> {
+        let bytes = self.caps().check_size(what, shape, dtype)?;
+        let id = match self {
+            Device::Gpu(gpu) => gpu.alloc_host(what, bytes)?,
+            Device::Cpu(cpu) => cpu.alloc(bytes)?,
+        };
+        Ok(Tensor::new(id, shape, dtype))
     }
 
     /// Runs a plan and waits, timing each dispatch: by GPU timestamps where there are any,
@@ -274,11 +340,24 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
     pub fn run_profiled(&mut self, plan: &Plan) -> Result<Vec<Timing>, DeviceError> {
+        self.submit_profiled(plan, 0..plan.recording().dispatches.len())
+    }
+
+    /// [`Device::run_profiled`] for some dispatches of a plan.
+    ///
+    /// # Errors
+    /// Those of [`Device::run_profiled`].
+    pub fn submit_profiled(
+        &mut self,
+        plan: &Plan,
+        dispatches: Range<usize>,
+    ) -> Result<Vec<Timing>, DeviceError> {
+        let labels = plan.recording().dispatches[dispatches.clone()].iter();
+        let labels = labels.map(|d| d.label.clone());
         let times = match self {
-            Device::Gpu(gpu) => plan.submit_profiled(gpu)?,
-            Device::Cpu(cpu) => cpu.run(plan.recording()),
+            Device::Gpu(gpu) => plan.submit_profiled(gpu, dispatches)?,
+            Device::Cpu(cpu) => cpu.run(plan.recording(), dispatches),
         };
-        let labels = plan.recording().dispatches.iter().map(|d| d.label.clone());
         Ok(labels.zip(times).collect())
     }
 

@@ -163,6 +163,9 @@ pub(super) struct Loader<'a> {
     progress: &'a dyn Fn(u64),
 }
 
+/// [`Loader::alloc`] or [`Loader::alloc_host`].
+type Alloc<'a> = fn(&mut Loader<'a>, &str, &[usize], DType) -> Result<Tensor>;
+
 enum Target<'a> {
     Device(&'a dyn Source, &'a mut Device),
     Tally(&'a mut Tally),
@@ -188,11 +191,35 @@ impl<'a> Loader<'a> {
         matches!(&self.target, Target::Device(source, _) if source.contains(name))
     }
 
-    fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+    pub(super) fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
         Ok(match &mut self.target {
             Target::Device(_, device) => device.alloc(what, shape, dtype)?,
             Target::Tally(tally) => tally.alloc(what, shape, dtype)?,
         })
+    }
+
+    /// The host's memory is not the device's: it does not count.
+    pub(super) fn alloc_host(
+        &mut self,
+        what: &str,
+        shape: &[usize],
+        dtype: DType,
+    ) -> Result<Tensor> {
+        Ok(match &mut self.target {
+            Target::Device(_, device) => device.alloc_host(what, shape, dtype)?,
+            Target::Tally(tally) => {
+                Tally { bytes: 0, ..tally.clone() }.alloc(what, shape, dtype)?
+            }
+        })
+    }
+
+    /// A table that the host writes.
+    pub(super) fn table(&mut self, what: &str, shape: &[usize], values: &[i32]) -> Result<Tensor> {
+        let tensor = self.alloc(what, shape, DType::I32)?;
+        if let Target::Device(_, device) = &mut self.target {
+            device.write(&tensor, values);
+        }
+        Ok(tensor)
     }
 
     /// A vector of f32 `[padded(sum of lengths)]`: tensors one after another.
@@ -232,7 +259,7 @@ impl<'a> Loader<'a> {
         let mut parts = Vec::new();
         for first in (0..total).step_by(most) {
             let range = first..(first + most).min(total);
-            let matrix = self.matrix(&rows[0].name, 1, range.len(), cols, format)?;
+            let matrix = self.matrix(&rows[0].name, 1, range.len(), cols, format, Loader::alloc)?;
             self.fill(&matrix, 0, rows, range.clone(), cols)?;
             let bias = if bias { Some(self.bias(rows, range)?) } else { None };
             parts.push((first, matrix, bias));
@@ -240,31 +267,69 @@ impl<'a> Loader<'a> {
         Ok(Linear { parts })
     }
 
-    /// A bank per group of experts that fits a binding: (first expert, matrices).
+    /// A bank per group of `experts` that fits a binding: (place of its first, matrices).
     pub(super) fn banks(
         &mut self,
-        n_experts: usize,
+        experts: &[usize],
         rows: impl Fn(usize) -> Vec<Rows>,
         cols: Cols,
         format: WeightFormat,
     ) -> Result<Vec<(usize, Matrix)>> {
-        let first_rows = rows(0);
-        let total = padded(first_rows.iter().map(|r| r.stacked).sum());
-        let expert_bytes = total * format.bytes_per_row(cols.stacked());
-        let most = (self.max_binding() / expert_bytes.max(1)).min(n_experts);
-        if most == 0 {
-            return Err(self.too_large(&first_rows[0].name, expert_bytes));
-        }
-        let mut banks = Vec::new();
-        for first in (0..n_experts).step_by(most) {
-            let n = most.min(n_experts - first);
-            let matrix = self.matrix(&first_rows[0].name, n, total, cols, format)?;
-            for expert in 0..n {
-                self.fill(&matrix, expert, &rows(first + expert), 0..total, cols)?;
-            }
-            banks.push((first, matrix));
-        }
+        let banks = self.empty_banks(experts.len(), &rows(0), cols, format, Loader::alloc)?;
+        self.fill_banks(&banks, experts, rows, cols)?;
         Ok(banks)
+    }
+
+    /// Banks of `experts` in the host's memory, from where the device copies.
+    pub(super) fn host_banks(
+        &mut self,
+        experts: &[usize],
+        rows: impl Fn(usize) -> Vec<Rows>,
+        cols: Cols,
+        format: WeightFormat,
+    ) -> Result<Vec<(usize, Matrix)>> {
+        let banks = self.empty_banks(experts.len(), &rows(0), cols, format, Loader::alloc_host)?;
+        self.fill_banks(&banks, experts, rows, cols)?;
+        Ok(banks)
+    }
+
+    /// Banks with room for `n_experts` experts whose rows are as those of `stack`.
+    pub(super) fn empty_banks(
+        &mut self,
+        n_experts: usize,
+        stack: &[Rows],
+        cols: Cols,
+        format: WeightFormat,
+        alloc: Alloc<'a>,
+    ) -> Result<Vec<(usize, Matrix)>> {
+        let total = padded(stack.iter().map(|r| r.stacked).sum());
+        let expert_bytes = total * format.bytes_per_row(cols.stacked());
+        let most = (self.max_binding() / expert_bytes.max(1)).min(n_experts.max(1));
+        if most == 0 {
+            return Err(self.too_large(&stack[0].name, expert_bytes));
+        }
+        let firsts = (0..n_experts).step_by(most);
+        firsts
+            .map(|first| {
+                let n = most.min(n_experts - first);
+                Ok((first, self.matrix(&stack[0].name, n, total, cols, format, alloc)?))
+            })
+            .collect()
+    }
+
+    fn fill_banks(
+        &mut self,
+        banks: &[(usize, Matrix)],
+        experts: &[usize],
+        rows: impl Fn(usize) -> Vec<Rows>,
+        cols: Cols,
+    ) -> Result<()> {
+        for (first, matrix) in banks {
+            for place in 0..matrix.n_experts {
+                self.fill(matrix, place, &rows(experts[first + place]), 0..matrix.rows, cols)?;
+            }
+        }
+        Ok(())
     }
 
     fn max_binding(&self) -> usize {
@@ -289,12 +354,13 @@ impl<'a> Loader<'a> {
         rows: usize,
         cols: Cols,
         format: WeightFormat,
+        alloc: Alloc<'a>,
     ) -> Result<Matrix> {
         let row_bytes = format.bytes_per_row(cols.stacked());
-        let weights = self.alloc(what, &[n_experts, rows, row_bytes], DType::U8)?;
+        let weights = alloc(self, what, &[n_experts, rows, row_bytes], DType::U8)?;
         let scales = match format.scales_per_row(cols.stacked()) {
             0 => weights,
-            n => self.alloc(what, &[n_experts, rows, n], DType::F32)?,
+            n => alloc(self, what, &[n_experts, rows, n], DType::F32)?,
         };
         let cols = padded(cols.stacked());
         Ok(Matrix { weights, scales, format, rows, cols, n_experts })
