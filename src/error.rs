@@ -1,15 +1,11 @@
 //! The library's error: one variant per layer, each with a sentence that names cause and cure.
 
 use crate::{
-    device::DeviceError,
-    engine::EngineError,
-    evaluate::EvaluateError,
-    llm::{FilesError, GrammarError},
-    model::ModelError,
-    parallel::ParallelError,
-    text::TextError,
-    weights::WeightsError,
+    device::DeviceError, engine::EngineError, llm::FilesError, model::ModelError,
+    parallel::ParallelError, text::TextError, weights::WeightsError,
 };
+#[cfg(not(target_arch = "wasm32"))]
+use crate::{evaluate::EvaluateError, llm::GrammarError};
 
 /// Anything that can go wrong between a request and its text.
 #[derive(Debug, thiserror::Error)]
@@ -22,12 +18,14 @@ pub enum Error {
     #[error(transparent)]
     Engine(#[from] EngineError),
     /// A reference to compare with.
+    #[cfg(not(target_arch = "wasm32"))]
     #[error(transparent)]
     Evaluate(#[from] EvaluateError),
     /// Where the model's files are.
     #[error(transparent)]
     Files(#[from] FilesError),
     /// What an answer must look like.
+    #[cfg(not(target_arch = "wasm32"))]
     #[error(transparent)]
     Grammar(#[from] GrammarError),
     /// The model's configuration.

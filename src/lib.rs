@@ -25,13 +25,14 @@
 //! | [`device`] | memory and dispatch; the only place that knows wgpu |
 //!
 //! [`weights`] (checkpoints and their packing), [`text`] (tokenizer, chat template, stream) and
-//! [`parallel`] (experts over several devices) are leaves. [`evaluate`] holds a model against references, [`bench`](mod@bench) measures it,
-//! [`server`] puts it behind OpenAI's HTTP interface.
+//! [`parallel`] (experts over several devices) are leaves. [`evaluate`] holds a model against
+//! references, [`bench`](mod@bench) measures it, [`server`] puts it behind OpenAI's HTTP interface.
 
 pub mod bench;
 pub mod device;
 pub mod engine;
 pub mod error;
+#[cfg(not(target_arch = "wasm32"))]
 pub mod evaluate;
 pub mod kernels;
 pub mod llm;

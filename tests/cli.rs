@@ -188,3 +188,29 @@ fn every_command_has_help() {
     assert_eq!(run(&["fly"]).code, Some(2));
     assert_eq!(run(&["run", "--weights", "f8"]).code, Some(2));
 }
+
+#[test]
+fn bench_reports_are_json_that_can_be_drawn() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (rows, layer) = (dir.path().join("rows.json"), dir.path().join("layer.json"));
+    let svg = dir.path().join("bench.svg");
+    let args = ["bench", "-p", "8", "-n", "2", "-d", "0", "-b", "1,2", "-r", "1", "-o", "json"];
+    let report = run(&args).stdout();
+    let names: Vec<Value> = json(&report)["rows"]
+        .as_array()
+        .expect("rows")
+        .iter()
+        .map(|row| row["test"].clone())
+        .collect();
+    assert_eq!(names, ["pp8", "tg2", "tg2"]);
+    assert!(json(&report)["memory"]["peak_bytes"].as_u64() > Some(20 << 20), "{report}");
+    std::fs::write(&rows, report).expect("written");
+    let report = run(&["bench", "kernels", "--tokens", "2", "-o", "json"]).stdout();
+    let kernels = &json(&report)["moe_layer"][0]["kernels"];
+    assert!(kernels.as_array().is_some_and(|all| all.len() > 2), "{report}");
+    std::fs::write(&layer, report).expect("written");
+    let path = |path: &std::path::Path| path.to_str().expect("UTF-8").to_owned();
+    let picture = run(&["bench", "plot", &path(&rows), &path(&layer), "-s", &path(&svg)]);
+    picture.stdout();
+    assert!(std::fs::read_to_string(&svg).expect("a picture").starts_with("<svg"));
+}

@@ -3,51 +3,71 @@
 
 mod ceilings;
 mod moe_layer;
+mod peers;
+#[cfg(not(target_arch = "wasm32"))]
+mod plot;
+mod report;
 mod rows;
 mod shapes;
+mod work;
 
 use std::time::{Duration, Instant};
 
 use crate::{
     Result,
-    device::{Device, DeviceChoice, Plan, Timing},
+    device::{Device, Plan, Timing},
     engine::Runner,
+    llm::LlmOptions,
     model::{KvCache, Limits, Model, ModelSpec, Precision, arch},
-    weights::{DummySource, WeightFormat},
+    weights::DummySource,
 };
 
 pub use ceilings::{Ceilings, measure as measure_ceilings};
-pub use moe_layer::{MoeLayerRow, moe_layer};
+pub use moe_layer::{KernelRow, MoeLayerRow, moe_layer};
+pub use peers::{DECODE as DECODE_PEERS, LAYER as LAYER_PEERS, Peer};
+#[cfg(not(target_arch = "wasm32"))]
+pub use plot::{PlotError, plot};
+pub use report::{Memory, Report, expert_bytes};
 pub use rows::{Row, Rows, Workload, rows};
 pub use shapes::{names as shape_names, spec as shape};
 
 /// Devices clock down when idle: load before anything is timed.
 const WARM_UP: Duration = Duration::from_millis(400);
 
-/// A model of random weights on a device, for measuring.
+/// A model of random weights on a device, for measuring, with a cache of up to `n_blocks` blocks:
+/// fewer where the device cannot bind so many.
 ///
 /// # Errors
 /// [`crate::device::DeviceError`] where it does not fit.
 pub fn dummy_runner(
-    choice: &DeviceChoice,
+    options: &LlmOptions,
     spec: ModelSpec,
-    weights: WeightFormat,
     limits: Limits,
-    n_positions: usize,
+    n_blocks: usize,
 ) -> Result<Runner> {
-    let mut device = pollster::block_on(Device::open(choice))?;
-    let precision = Precision::of(weights);
-    let block_size = 16;
-    let n_blocks = 1 + limits.max_blocks * limits.max_sequences;
+    let mut device = pollster::block_on(Device::open(&options.device))?;
+    if let Some(tier) = options.tier {
+        device.shrink(tier);
+    }
+    let (precision, block_size) = (Precision::of(options.weights), options.block_size);
+    let caps = device.caps();
+    let block_bytes = KvCache::block_bytes(&spec, block_size, precision.activations);
+    let layer_bytes = (block_bytes / (2 * spec.layers.len() as u64)).max(1);
+    let most = (caps.max_binding_bytes.min(caps.max_buffer_bytes) / layer_bytes) as usize;
+    let n_blocks = (1 + n_blocks).min(most);
     let kv = KvCache::alloc(&mut device, &spec, n_blocks, block_size, precision.activations)?;
-    let source = DummySource::new(1);
+    let source = DummySource::new(options.engine.seed);
+    let n_positions = limits.max_blocks * block_size;
     let model = Model::load(spec, &source, &mut device, precision, n_positions, &|_| {})?;
     Runner::new(device, model, kv, limits)
 }
 
-/// Median seconds of a plan, run back to back `times` per sample, after a warm-up.
-fn median_seconds(device: &mut Device, plan: &Plan, times: usize) -> Result<f64> {
-    let sample = |device: &mut Device| -> Result<f64> {
+/// Host time that one sample lasts at least, so that waiting for the device hardly counts.
+const SAMPLE: f64 = 0.01;
+
+/// Median seconds of a plan, run back to back, after a warm-up.
+fn median_seconds(device: &mut Device, plan: &Plan) -> Result<f64> {
+    let sample = |device: &mut Device, times: usize| -> Result<f64> {
         let start = Instant::now();
         for _ in 0..times {
             device.run(plan)?;
@@ -55,11 +75,13 @@ fn median_seconds(device: &mut Device, plan: &Plan, times: usize) -> Result<f64>
         device.wait()?;
         Ok(start.elapsed().as_secs_f64() / times as f64)
     };
-    let start = Instant::now();
+    let (start, mut last) = (Instant::now(), 0.0);
     while start.elapsed() < WARM_UP {
-        sample(device)?;
+        last = sample(device, 4)?;
     }
-    let mut seconds = (0..7).map(|_| sample(device)).collect::<Result<Vec<_>>>()?;
+    let times = (SAMPLE / last) as usize;
+    let mut seconds =
+        (0..7).map(|_| sample(device, times.clamp(1, 256))).collect::<Result<Vec<_>>>()?;
     seconds.sort_by(f64::total_cmp);
     Ok(seconds[seconds.len() / 2])
 }

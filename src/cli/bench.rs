@@ -1,53 +1,55 @@
-//! `moewe bench`: tokens per second, and the layer that decides them.
+//! `moewe bench`: tokens per second of a model, its mixture-of-experts layer by kernel, and
+//! pictures of both.
+
+mod kernels;
+mod picture;
+mod subject;
 
 use std::process::ExitCode;
 
-use anyhow::{Context, ensure};
-use clap::{Args, ValueEnum};
+use anyhow::ensure;
+use clap::{Args, Subcommand};
 use moewe::{
-    bench::{
-        Ceilings, MoeLayerRow, Row, Workload, dummy_runner, measure_ceilings, moe_layer, rows,
-        shape, shape_names,
-    },
-    device::DeviceChoice,
+    bench::{Report, Row, Workload, rows},
     engine::Runner,
-    llm::LlmOptions,
-    model::Limits,
 };
 
-use super::{
-    options::{ModelArgs, Weights},
-    report::print_profile,
-};
-
-#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
-enum Output {
-    /// Columns for reading.
-    Table,
-    /// A Markdown table.
-    Md,
-    /// One JSON object.
-    Json,
-}
-
-/// Nothing measured is longer: it would take days, and sizes computed from it would overflow.
-const MAX_TOKENS: usize = 1 << 24;
+use super::report::{print_line, print_profile};
+use subject::{Output, Subject};
 
 /// Options of `moewe bench`.
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Bench {
-    /// What to measure: whole model, or the mixture-of-experts layer by kernel
-    #[arg(value_enum, default_value = "model")]
-    what: What,
+    #[command(subcommand)]
+    what: Option<What>,
     #[command(flatten)]
-    model: ModelArgs,
-    /// A published model's shape with random weights: qwen3-30b-a3b, mixtral-8x7b,
-    /// deepseek-v3-shard, olmoe
-    #[arg(long)]
-    shape: Option<String>,
-    /// Layers of the shape [default: all]
-    #[arg(long)]
-    layers: Option<usize>,
+    model: ModelRows,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Measure the mixture-of-experts layer, kernel by kernel.
+    Kernels(kernels::Kernels),
+    /// Draw what `moewe bench -o json` and `moewe bench kernels -o json` have printed, as SVG.
+    Plot(picture::Picture),
+}
+
+impl Bench {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        match self.what {
+            None => self.model.run(),
+            Some(What::Kernels(command)) => command.run(),
+            Some(What::Plot(command)) => command.run(),
+        }
+    }
+}
+
+/// Rows of the whole model, as llama-bench prints them.
+#[derive(Debug, Args)]
+struct ModelRows {
+    #[command(flatten)]
+    subject: Subject,
     /// Prompt lengths
     #[arg(short, long, value_delimiter = ',', default_value = "512,2048")]
     prompt: Vec<usize>,
@@ -55,55 +57,48 @@ pub(crate) struct Bench {
     #[arg(short = 'n', long, default_value_t = 128)]
     generate: usize,
     /// Context before generation
-    #[arg(short, long, value_delimiter = ',', default_value = "0")]
+    #[arg(short, long, value_delimiter = ',', default_value = "0,4096")]
     depth: Vec<usize>,
     /// Sequences that generate together
-    #[arg(short, long, value_delimiter = ',', default_value = "1,2,4,8,16,32")]
+    #[arg(short, long, value_delimiter = ',', default_value = "1,2,4,8,16,32,64")]
     batch: Vec<usize>,
-    /// Tokens of the layer rows
-    #[arg(long, value_delimiter = ',', default_value = "1,8,32,128,512,2048,4096")]
-    tokens: Vec<usize>,
     /// Measurements of each row
     #[arg(short, long, default_value_t = 3)]
     repetitions: usize,
     /// Print tables of kernels for the first prompt length and for each batch
     #[arg(long)]
     profile: bool,
-    /// How to print
-    #[arg(short, long, value_enum, default_value = "table")]
-    output: Output,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
-enum What {
-    /// pp and tg rows of the whole model.
-    Model,
-    /// The mixture-of-experts layer, kernel by kernel.
-    Kernels,
-}
-
-impl Bench {
-    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        let sizes = self.batch.iter().chain(&self.tokens);
-        ensure!(
-            sizes.chain([&self.longest()]).all(|n| (1..=MAX_TOKENS).contains(n)),
-            "--batch and --tokens are from 1 to {MAX_TOKENS}, --prompt and --depth at most that"
-        );
-        let mut runner = self.runner()?;
-        let device = runner.device().describe();
-        let weights = runner.model().precision.experts.to_string();
-        let name = self.shape.clone().unwrap_or_else(|| runner.model().spec.architecture.into());
-        eprintln!("{name}, {weights}, {} layers, {device}", runner.model().spec.layers.len());
-        let ceilings = measure_ceilings(runner.device())?;
-        eprintln!(
-            "ceilings: copy {:.1} GB/s, matrix product {:.3} TFLOP/s",
-            ceilings.copy_bytes_per_s / 1e9,
-            ceilings.matmul_flops / 1e12
-        );
-        match self.what {
-            What::Model => self.bench_model(&mut runner, &name, &weights, &device, &ceilings),
-            What::Kernels => self.bench_kernels(&mut runner, &ceilings),
+impl ModelRows {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        let wanted = self.workload(usize::MAX);
+        let longest = self.longest();
+        subject::check_size("--prompt, --depth and --generate", [longest])?;
+        subject::check_size("--batch", self.batch.iter().copied())?;
+        let max_sequences = self.batch.iter().copied().max().unwrap_or(1);
+        let mut runner = self.subject.runner(max_sequences, None, longest, &wanted)?;
+        let mut report = self.subject.report(&mut runner)?;
+        let workload = self.workload(runner.model().n_positions());
+        let output = self.subject.output;
+        output.head(&report)?;
+        let mut printed = Ok(());
+        let mut done = |row: &Row| {
+            let line = output.row(&report, row);
+            if let (Some(line), Ok(())) = (line, &printed) {
+                printed = print_line(line);
+            }
+        };
+        let all = rows(&mut runner, &workload, &mut done, &mut left_out)?;
+        printed?;
+        report.rows = all;
+        report.memory = moewe::bench::Memory::of(&mut runner);
+        eprintln!("memory: {}", report.memory);
+        if self.profile {
+            profile(&mut runner, &workload)?;
         }
+        output.tail(&report)?;
+        Ok(ExitCode::SUCCESS)
     }
 
     fn longest(&self) -> usize {
@@ -111,144 +106,99 @@ impl Bench {
         self.prompt.iter().copied().chain([depth, 16]).max().unwrap_or(16)
     }
 
-    fn runner(&self) -> anyhow::Result<Runner> {
-        let options = self.model.options(Weights::W8a16)?;
-        let max_sequences = self.batch.iter().copied().max().unwrap_or(1);
-        let mut max_tokens = options.max_num_batched_tokens.max(2048);
-        if self.what == What::Kernels {
-            max_tokens = self.tokens.iter().copied().max().unwrap_or(1);
-        }
-        let longest = self.longest();
-        let Some(name) = &self.shape else {
-            let max_logits = max_sequences;
-            let options = LlmOptions {
-                max_model_len: Some(longest),
-                max_num_seqs: max_sequences,
-                max_num_batched_tokens: max_tokens,
-                max_logits,
-                ..options
-            };
-            let llm = self.model.load(options)?;
-            return Ok(llm.engine.into_runner());
+    /// The tests that fit a context; says which do not.
+    fn workload(&self, context: usize) -> Workload {
+        let fitting = |lengths: &[usize], more: usize, name: &dyn Fn(usize) -> String| {
+            let fits = |n: &usize| n.checked_add(more).is_some_and(|n| n <= context);
+            for n in lengths.iter().filter(|n| !fits(n)) {
+                left_out(&format!("{} (the model's context is {context} tokens)", name(*n)));
+            }
+            lengths.iter().copied().filter(fits).collect()
         };
-        let known = || shape_names().collect::<Vec<_>>().join(", ");
-        let spec = shape(name, self.layers)?
-            .with_context(|| format!("there is no shape {name:?}, only {}", known()))?;
-        let limits = Limits {
-            max_tokens,
-            max_sequences,
-            max_logits: max_sequences,
-            max_blocks: longest.div_ceil(16),
-            max_penalized: 1,
-        };
-        let choice: DeviceChoice = options.device;
-        Ok(dummy_runner(&choice, spec, options.weights, limits, longest)?)
-    }
-
-    fn bench_model(
-        &self,
-        runner: &mut Runner,
-        name: &str,
-        weights: &str,
-        device: &str,
-        ceilings: &Ceilings,
-    ) -> anyhow::Result<ExitCode> {
-        let context = runner.model().n_positions();
         // A length of 0 leaves a test out, as in llama-bench.
         let prompts: Vec<usize> = self.prompt.iter().copied().filter(|&n| n > 0).collect();
-        let fitting = |test: &str, lengths: &[usize], more: usize| -> Vec<usize> {
-            let fits = |n: &&usize| n.checked_add(more).is_some_and(|n| n <= context);
-            for n in lengths.iter().filter(|n| !fits(n)) {
-                eprintln!("{test}{n} is left out: the model's context is {context} tokens");
-            }
-            lengths.iter().filter(fits).copied().collect()
-        };
-        let workload = Workload {
-            prompts: fitting("pp", &prompts, 0),
-            generate: self.generate,
-            depths: fitting("tg @ d", &self.depth, self.generate),
+        let generate = self.generate;
+        Workload {
+            prompts: fitting(&prompts, 0, &|n| format!("pp{n}")),
+            generate,
+            depths: fitting(if generate == 0 { &[] } else { &self.depth }, generate, &|n| {
+                format!("tg{generate} @ d{n}")
+            }),
             batches: self.batch.clone(),
             repetitions: self.repetitions,
+        }
+    }
+}
+
+fn left_out(test: &str) {
+    eprintln!("left out, does not fit: {test}");
+}
+
+/// Runs the first prompt length and each batch once more, timing every kernel.
+fn profile(runner: &mut Runner, workload: &Workload) -> anyhow::Result<()> {
+    ensure!(!workload.depths.is_empty(), "--profile needs a --depth that fits the context");
+    let one = |prompts: &[usize], generate, batches: &[usize]| Workload {
+        prompts: prompts.to_vec(),
+        generate,
+        depths: workload.depths[..1].to_vec(),
+        batches: batches.to_vec(),
+        repetitions: 1,
+    };
+    let prompts = &workload.prompts[..workload.prompts.len().min(1)];
+    let prefill = prompts.iter().map(|n| one(&[*n], 0, &[]));
+    let decode = workload.batches.iter().map(|batch| one(&[], 8, &[*batch]));
+    for workload in prefill.chain(decode) {
+        runner.start_profile();
+        let mut n_runs = 0;
+        let mut done = |row: &Row| {
+            eprintln!("{} batch {}", row.test, row.batch);
+            n_runs += 1;
         };
-        match self.output {
-            Output::Table => println!("{:<16} {:>5} {:>20}", "test", "batch", "tokens/s"),
-            Output::Md => println!("| test | batch | tokens/s |\n|---|---|---|"),
-            Output::Json => {}
+        rows(runner, &workload, &mut done, &mut left_out)?;
+        print_profile(&pollster::block_on(runner.take_profile())?, n_runs);
+    }
+    Ok(())
+}
+
+impl Output {
+    /// What stands above the rows.
+    fn head(self, report: &Report) -> anyhow::Result<()> {
+        match self {
+            Self::Table => print_line(format_args!(
+                "{:<18} {:>6} {:<8} {:<20} {:>5} {:>20}",
+                "model", "layers", "weights", "test", "batch", "tokens/s"
+            )),
+            Self::Md => print_line(format_args!(
+                "{}\n\n| model | layers | weights | test | batch | tokens/s |\n\
+                 | --- | ---: | --- | --- | ---: | ---: |",
+                report.title()
+            )),
+            Self::Json => Ok(()),
         }
-        let all = rows(runner, &workload, &mut |row: &Row| {
-            let (mean, deviation) = (row.mean(), row.deviation());
-            match self.output {
-                Output::Table => {
-                    println!("{:<16} {:>5} {mean:>12.1} ± {deviation:.1}", row.test, row.batch);
-                }
-                Output::Md => {
-                    println!("| {} | {} | {mean:.1} ± {deviation:.1} |", row.test, row.batch)
-                }
-                Output::Json => {}
-            }
-        })?;
-        if self.profile {
-            self.profile(runner, &workload)?;
-        }
-        if self.output == Output::Json {
-            let report = serde_json::json!({
-                "model": name, "weights": weights, "device": device, "version":
-                env!("CARGO_PKG_VERSION"), "ceilings": ceilings, "rows": all,
-            });
-            println!("{report}");
-        }
-        Ok(ExitCode::SUCCESS)
     }
 
-    /// Runs the first prompt length and each batch once more, timing every kernel.
-    fn profile(&self, runner: &mut Runner, workload: &Workload) -> anyhow::Result<()> {
-        let one = |prompts: &[usize], generate, batches: &[usize]| Workload {
-            prompts: prompts.to_vec(),
-            generate,
-            depths: workload.depths[..1].to_vec(),
-            batches: batches.to_vec(),
-            repetitions: 1,
-        };
-        let prompts = &workload.prompts[..workload.prompts.len().min(1)];
-        let prefill = prompts.iter().map(|n| one(&[*n], 0, &[]));
-        let decode = workload.batches.iter().map(|batch| one(&[], 8, &[*batch]));
-        for workload in prefill.chain(decode) {
-            runner.start_profile();
-            let mut n_runs = 0;
-            rows(runner, &workload, &mut |row| {
-                eprintln!("{} batch {}", row.test, row.batch);
-                n_runs += 1;
-            })?;
-            print_profile(&runner.take_profile(), n_runs);
+    fn row(self, report: &Report, row: &Row) -> Option<String> {
+        let Report { model, layers, weights, .. } = report;
+        let Row { test, batch, .. } = row;
+        let (mean, deviation) = (row.mean(), row.deviation());
+        match self {
+            Self::Table => Some(format!(
+                "{model:<18} {layers:>6} {weights:<8} {test:<20} {batch:>5} {mean:>12.1} ± \
+                 {deviation:.1}"
+            )),
+            Self::Md => Some(format!(
+                "| {model} | {layers} | {weights} | {test} | {batch} | {mean:.1} ± {deviation:.1} |"
+            )),
+            Self::Json => None,
         }
-        Ok(())
     }
 
-    fn bench_kernels(&self, runner: &mut Runner, ceilings: &Ceilings) -> anyhow::Result<ExitCode> {
-        let spec = &runner.model().spec;
-        ensure!(spec.n_experts() > 0, "{} has no mixture-of-experts layer", spec.architecture);
-        let mut all: Vec<MoeLayerRow> = Vec::new();
-        for &tokens in &self.tokens {
-            let row = moe_layer(runner, tokens)?;
-            let bandwidth = row.weight_bytes / row.microseconds * 1e6;
-            let rate = row.flops / row.microseconds * 1e6;
-            if self.output != Output::Json {
-                println!(
-                    "M={tokens:<5} {:>9.1} us  {:>7.1} GB/s ({:.0}% of copy)  {:>8.3} TFLOP/s",
-                    row.microseconds,
-                    bandwidth / 1e9,
-                    bandwidth / ceilings.copy_bytes_per_s * 100.0,
-                    rate / 1e12
-                );
-                for (label, microseconds) in &row.kernels {
-                    println!("    {label:<24} {microseconds:>9.1} us");
-                }
-            }
-            all.push(row);
+    /// What stands below them.
+    fn tail(self, report: &Report) -> anyhow::Result<()> {
+        match self {
+            Self::Table => Ok(()),
+            Self::Md => print_line(format_args!("\nmemory: {}", report.memory)),
+            Self::Json => print_line(serde_json::to_string(report)?),
         }
-        if self.output == Output::Json {
-            println!("{}", serde_json::json!({ "ceilings": ceilings, "rows": all }));
-        }
-        Ok(ExitCode::SUCCESS)
     }
 }

@@ -87,7 +87,7 @@ impl Run {
         }
         eprintln!("{speed}");
         if self.profile {
-            let timings = llm.engine.runner().take_profile();
+            let timings = pollster::block_on(llm.engine.runner().take_profile())?;
             if let Some(rec) = llm.engine.runner().last_recording() {
                 let n = rec.dispatches.len();
                 eprintln!("a step of the last shape has {n} dispatches");

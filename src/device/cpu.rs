@@ -67,12 +67,6 @@ impl Cpu {
         rec.dispatches[range].iter().map(|d| self.dispatch(d)).collect()
     }
 
-    /// Copies `bytes` from one buffer, or place in a buffer, to another.
-    pub(crate) fn copy(&mut self, from: (BufferId, u64), to: (BufferId, u64), bytes: u64) {
-        let held = self.bytes(from.0, from.1, bytes).to_vec();
-        self.write(to.0, to.1, &held);
-    }
-
     fn bytes(&mut self, id: BufferId, offset: u64, bytes: u64) -> &mut [u8] {
         let words = Arc::get_mut(self.buffer(id).as_mut().expect("live buffer"))
             .expect("no dispatch is running");

@@ -6,8 +6,7 @@ use std::{
 };
 
 use super::{
-    Access, BufferId, Caps, DeviceError, Dispatch, Part, Shader, Tier, adapter, plan::StagingPool,
-    shader,
+    Access, BufferId, Caps, DeviceError, Dispatch, Shader, Tier, adapter, plan::StagingPool, shader,
 };
 
 /// An opened adapter with its buffers and compiled pipelines.
@@ -20,6 +19,8 @@ pub struct Gpu {
     caps: Caps,
     info: adapter::AdapterInfo,
     memory_bytes: Option<u64>,
+    /// Most bytes of buffers at a time.
+    peak_bytes: u64,
     failure: Failure,
     pub(super) staging: StagingPool,
 }
@@ -60,9 +61,7 @@ impl Failure {
 
 const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16
     .union(wgpu::Features::SUBGROUP)
-    .union(wgpu::Features::TIMESTAMP_QUERY)
-    // For memory of the host that is filled and copied from, see `alloc_host`.
-    .union(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
+    .union(wgpu::Features::TIMESTAMP_QUERY);
 
 pub(super) fn caps_of(adapter: &wgpu::Adapter) -> Caps {
     let (features, limits, info) = (adapter.features(), adapter.limits(), adapter.get_info());
@@ -148,8 +147,19 @@ impl Gpu {
             sink.set(DeviceError::Lost { message: format!("{reason:?}: {message}") });
         });
         let (buffers, pipelines) = (Vec::new(), HashMap::new());
-        let staging = StagingPool::default();
-        Ok(Self { device, queue, buffers, pipelines, caps, info, memory_bytes, failure, staging })
+        let (peak_bytes, staging) = (0, StagingPool::default());
+        Ok(Self {
+            device,
+            queue,
+            buffers,
+            pipelines,
+            caps,
+            info,
+            memory_bytes,
+            peak_bytes,
+            failure,
+            staging,
+        })
     }
 
     pub(super) fn caps(&self) -> &Caps {
@@ -178,6 +188,11 @@ impl Gpu {
         format!("{} ({}, {} tier)", self.info.name, self.info.backend, self.caps.tier())
     }
 
+    /// Driver name and version.
+    pub(super) fn driver(&self) -> &str {
+        &self.info.driver
+    }
+
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         self.failure.check()
     }
@@ -187,29 +202,12 @@ impl Gpu {
     }
 
     pub(super) fn alloc(&mut self, what: &str, bytes: u64) -> Result<BufferId, DeviceError> {
-        self.create(what, bytes, wgpu::BufferUsages::STORAGE)
-    }
-
-    /// A buffer in the host's memory: wgpu puts what may be mapped for reading there.
-    pub(super) fn alloc_host(&mut self, what: &str, bytes: u64) -> Result<BufferId, DeviceError> {
-        let mappable = wgpu::Features::MAPPABLE_PRIMARY_BUFFERS;
-        let usage = match self.device.features().contains(mappable) {
-            true => wgpu::BufferUsages::MAP_READ,
-            false => wgpu::BufferUsages::empty(),
-        };
-        self.create(what, bytes, usage)
-    }
-
-    fn create(
-        &mut self,
-        what: &str,
-        bytes: u64,
-        usage: wgpu::BufferUsages,
-    ) -> Result<BufferId, DeviceError> {
         let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some(what),
             size: bytes,
-            usage: usage | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
+            usage: wgpu::BufferUsages::STORAGE
+                | wgpu::BufferUsages::COPY_DST
+                | wgpu::BufferUsages::COPY_SRC,
             mapped_at_creation: false,
         });
         self.check().map_err(|error| match error {
@@ -221,6 +219,7 @@ impl Gpu {
             self.buffers.push(None);
         }
         self.buffers[id] = Some(buffer);
+        self.peak_bytes = self.peak_bytes.max(self.allocated_bytes());
         Ok(BufferId(id as u32))
     }
 
@@ -234,23 +233,16 @@ impl Gpu {
         self.buffers.iter().flatten().map(wgpu::Buffer::size).sum()
     }
 
+    pub(super) fn peak_bytes(&self) -> u64 {
+        self.peak_bytes
+    }
+
     pub(super) fn buffer(&self, id: BufferId) -> &wgpu::Buffer {
         self.buffers[id.0 as usize].as_ref().expect("live buffer")
     }
 
     pub(super) fn write(&mut self, id: BufferId, offset: u64, bytes: &[u8]) {
         self.queue.write_buffer(self.buffer(id), offset, bytes);
-    }
-
-    pub(super) fn copy(&self, parts: &[Part]) -> Result<(), DeviceError> {
-        let mut encoder = self.device.create_command_encoder(&Default::default());
-        for p in parts {
-            let (from, to) = (self.buffer(p.from.buffer), self.buffer(p.to.buffer));
-            let (start, end) = (p.from.offset + p.from_byte, p.to.offset + p.to_byte);
-            encoder.copy_buffer_to_buffer(from, start, to, end, p.bytes);
-        }
-        self.queue.submit([encoder.finish()]);
-        self.check()
     }
 
     /// The compiled pipeline of a dispatch, from the cache or new.

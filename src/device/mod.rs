@@ -10,13 +10,13 @@ mod recording;
 mod shader;
 mod tensor;
 
-use std::{ops::Range, time::Duration};
+use std::ops::Range;
 
 pub use adapter::{AdapterInfo, DeviceChoice, adapters};
 pub use caps::{Caps, Tier};
 pub use cpu::{Cpu, Io};
 pub use gpu::Gpu;
-pub use plan::{Plan, Readback};
+pub use plan::{Plan, Readback, Timing, Timings};
 pub(crate) use recording::params;
 pub use recording::{Access, Binding, Dispatch, Kernel, Launch, Params, Recording, Shader, Twin};
 pub use tensor::{BufferId, DType, Tensor};
@@ -107,24 +107,6 @@ pub enum Device {
     Gpu(Box<Gpu>),
     /// The CPU, through the kernels' twins.
     Cpu(Cpu),
-}
-
-/// Time that one dispatch took: its label and duration.
-pub type Timing = (std::borrow::Cow<'static, str>, Duration);
-
-/// Bytes of one tensor that go to another, all in whole 4-byte words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Part {
-    /// Where they are.
-    pub from: Tensor,
-    /// From this byte on.
-    pub from_byte: u64,
-    /// Where they go; not in the same buffer.
-    pub to: Tensor,
-    /// From this byte on.
-    pub to_byte: u64,
-    /// How many.
-    pub bytes: u64,
 }
 
 /// Where tensors come from: a device, or a [`Tally`] that only adds them up.
@@ -226,6 +208,14 @@ impl Device {
         }
     }
 
+    /// Driver name and version; empty on the CPU.
+    pub fn driver(&self) -> String {
+        match self {
+            Device::Gpu(gpu) => gpu.driver().into(),
+            Device::Cpu(_) => String::new(),
+        }
+    }
+
     /// Gives a tensor's buffer back.
     pub fn free(&mut self, tensor: Tensor) {
         match self {
@@ -238,6 +228,14 @@ impl Device {
     pub fn allocated_bytes(&self) -> u64 {
         match self {
             Device::Gpu(gpu) => gpu.allocated_bytes(),
+            Device::Cpu(cpu) => cpu.allocated_bytes(),
+        }
+    }
+
+    /// Most bytes that live buffers have taken at a time.
+    pub fn peak_bytes(&self) -> u64 {
+        match self {
+            Device::Gpu(gpu) => gpu.peak_bytes(),
             Device::Cpu(cpu) => cpu.allocated_bytes(),
         }
     }
@@ -298,48 +296,12 @@ impl Device {
         }
     }
 
-    /// Copies parts of tensors to other tensors, after all work submitted so far.
-    ///
-    /// # Errors
-    /// [`DeviceError::Lost`].
-    pub fn copy(&mut self, parts: &[Part]) -> Result<(), DeviceError> {
-        match self {
-            Device::Gpu(gpu) => gpu.copy(parts),
-            Device::Cpu(cpu) => {
-                for p in parts {
-                    let (from, to) = (p.from.offset + p.from_byte, p.to.offset + p.to_byte);
-                    cpu.copy((p.from.buffer, from), (p.to.buffer, to), p.bytes);
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// Memory of the host that the device copies from without the processor's help, such as for
-    /// weights that the device has no room for. No kernel can bind it.
-    ///
-    /// # Errors
-    /// [`DeviceError::TooLarge`], [`DeviceError::OutOfMemory`].
-    pub fn alloc_host(
-        &mut self,
-        what: &str,
-        shape: &[usize],
-        dtype: DType,
-    ) -> Result<Tensor, DeviceError> {
-        let bytes = self.caps().check_size(what, shape, dtype)?;
-        let id = match self {
-            Device::Gpu(gpu) => gpu.alloc_host(what, bytes)?,
-            Device::Cpu(cpu) => cpu.alloc(bytes)?,
-        };
-        Ok(Tensor::new(id, shape, dtype))
-    }
-
-    /// Runs a plan and waits, timing each dispatch: by GPU timestamps where there are any,
-    /// otherwise (and on the CPU device) by the host's clock.
+    /// Submits a plan, timing each dispatch: by GPU timestamps where there are any, otherwise (and
+    /// on the CPU device) by the host's clock, which waits for each.
     ///
     /// # Errors
     /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
-    pub fn run_profiled(&mut self, plan: &Plan) -> Result<Vec<Timing>, DeviceError> {
+    pub fn run_profiled(&mut self, plan: &Plan) -> Result<Timings, DeviceError> {
         self.submit_profiled(plan, 0..plan.recording().dispatches.len())
     }
 
@@ -351,21 +313,20 @@ impl Device {
         &mut self,
         plan: &Plan,
         dispatches: Range<usize>,
-    ) -> Result<Vec<Timing>, DeviceError> {
-        let labels = plan.recording().dispatches[dispatches.clone()].iter();
-        let labels = labels.map(|d| d.label.clone());
-        let times = match self {
-            Device::Gpu(gpu) => plan.submit_profiled(gpu, dispatches)?,
-            Device::Cpu(cpu) => cpu.run(plan.recording(), dispatches),
-        };
-        Ok(labels.zip(times).collect())
+    ) -> Result<Timings, DeviceError> {
+        match self {
+            Device::Gpu(gpu) => plan.submit_profiled(gpu, dispatches),
+            Device::Cpu(cpu) => {
+                let times = cpu.run(plan.recording(), dispatches.clone());
+                Ok(Timings::ready(plan.recording(), dispatches, times))
+            }
+        }
     }
 
-    /// Waits until all submitted work is done.
+    /// Waits until all submitted work is done; not in browsers, where nothing may block.
     ///
     /// # Errors
     /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
-    #[cfg(not(target_arch = "wasm32"))]
     pub fn wait(&mut self) -> Result<(), DeviceError> {
         match self {
             Device::Gpu(gpu) => plan::wait(&gpu.device, &gpu.failure(), None),
@@ -387,13 +348,11 @@ impl Device {
         }
     }
 
-    /// Reads a tensor and waits for it.
+    /// Reads a tensor and waits for it; not in browsers, where nothing may block.
     ///
     /// # Errors
     /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
-    #[cfg(not(target_arch = "wasm32"))]
     pub fn read_now<T: bytemuck::Pod>(&mut self, tensor: &Tensor) -> Result<Vec<T>, DeviceError> {
-        let bytes = pollster::block_on(self.read(tensor).wait())?;
-        Ok(bytemuck::pod_collect_to_vec(&bytes))
+        Ok(bytemuck::pod_collect_to_vec(&self.read(tensor).wait_now()?))
     }
 }

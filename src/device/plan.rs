@@ -2,10 +2,13 @@
 //! run every step in one pass and one submit. And the way results come back.
 
 use std::{
+    borrow::Cow,
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
+
+use futures_channel::oneshot;
 
 use super::{Caps, DeviceError, Gpu, Recording, Tensor, gpu::Failure};
 
@@ -125,14 +128,15 @@ impl Plan {
     /// A pass per dispatch, with timestamps around it.
     pub(super) fn submit_profiled(
         &self,
-        gpu: &mut Gpu,
+        gpu: &Gpu,
         range: Range<usize>,
-    ) -> Result<Vec<Duration>, DeviceError> {
+    ) -> Result<Timings, DeviceError> {
         let Caps { timestamps: true, .. } = gpu.caps() else {
-            return self.submit_timed(gpu, range);
+            let times = self.submit_timed(gpu, range.clone())?;
+            return Ok(Timings::ready(&self.rec, range, times));
         };
-        let mut times = Vec::with_capacity(range.len());
-        let period = f64::from(gpu.queue.get_timestamp_period());
+        let mut timings = Timings::ready(&self.rec, range.clone(), Vec::new());
+        timings.period = f64::from(gpu.queue.get_timestamp_period());
         // A query set holds at most 4096 queries.
         for first in range.clone().step_by(2048) {
             let part = first..(first + 2048).min(range.end);
@@ -165,15 +169,10 @@ impl Plan {
             gpu.queue.submit([encoder.finish()]);
             let encoder = gpu.device.create_command_encoder(&Default::default());
             let parts = [(&resolved, 0, resolved.size())];
-            let bytes = Readback::submit(gpu, encoder, &parts).wait_now()?;
-            let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&bytes);
-            times.extend(
-                ticks.chunks(2).map(|t| {
-                    Duration::from_nanos((t[1].saturating_sub(t[0]) as f64 * period) as u64)
-                }),
-            );
+            timings.ticks.push(Readback::submit(gpu, encoder, &parts));
         }
-        Ok(times)
+        gpu.check()?;
+        Ok(timings)
     }
 
     /// A submit and a wait per dispatch, timed by the host.
@@ -181,7 +180,7 @@ impl Plan {
         let mut times = Vec::with_capacity(range.len());
         for at in range {
             let (step, d) = (&self.steps[at], &self.rec.dispatches[at]);
-            let start = std::time::Instant::now();
+            let start = web_time::Instant::now();
             let mut encoder = gpu.device.create_command_encoder(&Default::default());
             self.clear(gpu, &(at..at + 1), &mut encoder);
             step.encode(&mut encoder.begin_compute_pass(&Default::default()), d.grid);
@@ -252,6 +251,50 @@ impl StagingPool {
     }
 }
 
+/// Time that one dispatch took: its label and duration.
+pub type Timing = (Cow<'static, str>, Duration);
+
+/// Times of a plan's dispatches, perhaps still on their way.
+#[must_use]
+#[derive(Debug)]
+pub struct Timings {
+    labels: Vec<Cow<'static, str>>,
+    times: Vec<Duration>,
+    /// Begin and end of each dispatch. U64 `[dispatches, 2]`, in parts
+    ticks: Vec<Readback>,
+    /// Nanoseconds of a tick.
+    period: f64,
+}
+
+impl Timings {
+    pub(super) fn ready(rec: &Recording, range: Range<usize>, times: Vec<Duration>) -> Self {
+        let labels = rec.dispatches[range].iter().map(|d| d.label.clone()).collect();
+        Self { labels, times, ticks: Vec::new(), period: 1.0 }
+    }
+
+    /// The times, once the device is done.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
+    pub async fn wait(self) -> Result<Vec<Timing>, DeviceError> {
+        let mut times = self.times;
+        for part in self.ticks {
+            let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&part.wait().await?);
+            let nanos = |t: &[u64]| (t[1].saturating_sub(t[0]) as f64 * self.period) as u64;
+            times.extend(ticks.chunks(2).map(|t| Duration::from_nanos(nanos(t))));
+        }
+        Ok(self.labels.into_iter().zip(times).collect())
+    }
+
+    /// [`Timings::wait`], blocking; not in browsers.
+    ///
+    /// # Errors
+    /// Those of [`Timings::wait`].
+    pub fn wait_now(self) -> Result<Vec<Timing>, DeviceError> {
+        pollster::block_on(self.wait())
+    }
+}
+
 /// A copy to the host that is under way.
 #[must_use]
 #[derive(Debug)]
@@ -267,7 +310,7 @@ enum State {
         submission: wgpu::SubmissionIndex,
         staging: wgpu::Buffer,
         bytes: usize,
-        mapped: std::sync::mpsc::Receiver<Result<(), wgpu::BufferAsyncError>>,
+        mapped: oneshot::Receiver<Result<(), wgpu::BufferAsyncError>>,
     },
 }
 
@@ -305,7 +348,7 @@ impl Readback {
             at += bytes;
         }
         let submission = gpu.queue.submit([encoder.finish()]);
-        let (sender, mapped) = std::sync::mpsc::channel();
+        let (sender, mapped) = oneshot::channel();
         staging.map_async(wgpu::MapMode::Read, ..size, move |result| {
             // The receiver is gone if nobody waits any more.
             let _ = sender.send(result);
@@ -322,31 +365,29 @@ impl Readback {
         })
     }
 
-    /// The bytes, once they are here.
+    /// The bytes, once they are here; work submitted later may go on. In browsers this waits
+    /// without blocking, elsewhere it blocks.
     ///
     /// # Errors
     /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
     pub async fn wait(self) -> Result<Vec<u8>, DeviceError> {
-        self.wait_now()
-    }
-
-    /// The bytes, once they are here; work submitted later may go on.
-    ///
-    /// # Errors
-    /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
-    pub fn wait_now(self) -> Result<Vec<u8>, DeviceError> {
         let State::Mapping { device, failure, pool, submission, staging, bytes, mapped } = self.0
         else {
             let State::Ready(bytes) = self.0 else { unreachable!("there are two states") };
             return Ok(bytes);
         };
+        // In browsers polling does nothing: they deliver by themselves.
         wait(&device, &failure, Some(submission))?;
         let lost = |message: String| DeviceError::Lost { message };
-        match mapped.try_recv() {
+        match mapped.await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => return Err(lost(error.to_string())),
+            Ok(Err(error)) => {
+                failure.check()?;
+                return Err(lost(error.to_string()));
+            }
             Err(_) => return Err(lost("a result was never delivered".into())),
         }
+        failure.check()?;
         let range = ..bytes.next_multiple_of(4) as u64;
         let view = staging.get_mapped_range(range).map_err(|e| lost(e.to_string()))?;
         let bytes = view[..bytes].to_vec();
@@ -354,5 +395,13 @@ impl Readback {
         staging.unmap();
         pool.put(staging);
         Ok(bytes)
+    }
+
+    /// [`Readback::wait`], blocking; not in browsers.
+    ///
+    /// # Errors
+    /// Those of [`Readback::wait`].
+    pub fn wait_now(self) -> Result<Vec<u8>, DeviceError> {
+        pollster::block_on(self.wait())
     }
 }

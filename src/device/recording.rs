@@ -180,7 +180,6 @@ pub struct Recording {
     pub clears: Vec<Tensor>,
 }
 
-
 impl Recording {
     /// An empty recording for a device with `caps`.
     pub fn new(caps: &Caps) -> Self {

@@ -200,14 +200,7 @@ impl Engine {
     /// # Errors
     /// [`crate::device::DeviceError`] if the device fails; all requests are then lost.
     pub fn step(&mut self) -> Result<Vec<Output>> {
-        let Some(step) = self.begin()? else { return Ok(Vec::new()) };
-        let results = step.submission.wait()?;
-        let outputs = self.commit(step.sequences, &results);
-        if let Some(counts) = self.last_counts_due() {
-            let results = counts.wait()?;
-            self.count_experts(&results);
-        }
-        Ok(outputs)
+        pollster::block_on(self.step_async())
     }
 
     /// [`Engine::step`] where nothing may block, as in browsers.
@@ -216,10 +209,10 @@ impl Engine {
     /// Those of [`Engine::step`].
     pub async fn step_async(&mut self) -> Result<Vec<Output>> {
         let Some(step) = self.begin()? else { return Ok(Vec::new()) };
-        let results = step.submission.wait_async().await?;
+        let results = step.submission.wait().await?;
         let outputs = self.commit(step.sequences, &results);
         if let Some(counts) = self.last_counts_due() {
-            let results = counts.wait_async().await?;
+            let results = counts.wait().await?;
             self.count_experts(&results);
         }
         Ok(outputs)
@@ -267,9 +260,6 @@ impl Engine {
             sequence.submitted(sampled.samples.then(|| rows.end - 1));
         }
         self.counters.steps += 1;
-        if let Some(time) = submission.routing_time {
-            self.counters.routing_ms = Some(time.as_secs_f64() * 1e3);
-        }
         Ok(Some(InFlight { submission, sequences }))
     }
 
@@ -289,6 +279,9 @@ impl Engine {
 
     fn commit(&mut self, sequences: Vec<Sampled>, results: &StepResults) -> Vec<Output> {
         self.count_experts(results);
+        if let Some(time) = results.routing_time {
+            self.counters.routing_ms = Some(time.as_secs_f64() * 1e3);
+        }
         let mut outputs = Vec::new();
         for Sampled { id, rows, samples } in sequences {
             // Requests that ended or were cancelled meanwhile are gone.

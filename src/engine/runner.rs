@@ -5,7 +5,7 @@ use std::{collections::HashMap, ops::Range, time::Duration};
 
 use crate::{
     Result,
-    device::{DType, Device, Plan, Readback, Recording, Tensor, Timing},
+    device::{DType, Device, Plan, Readback, Recording, Tensor, Timing, Timings},
     kernels::{Logprobs, Sample},
     model::{KvCache, Limits, Model, Scratch, StepShape},
     parallel::{Exchange, Handoff},
@@ -33,7 +33,7 @@ pub struct Runner {
     last: Option<StepShape>,
     /// Block tables as the device has them. `[max_sequences][..]`
     tables: Vec<Vec<u32>>,
-    profile: Option<Vec<Timing>>,
+    profile: Option<Vec<Timings>>,
     /// Takes over where a plan is cut.
     exchange: Option<Box<dyn Exchange>>,
 }
@@ -94,14 +94,21 @@ impl Runner {
         &mut self.device
     }
 
-    /// Times every dispatch from now on; steps then wait for the device.
+    /// Times every dispatch from now on.
     pub fn start_profile(&mut self) {
         self.profile = Some(Vec::new());
     }
 
     /// Dispatches timed since [`Runner::start_profile`].
-    pub fn take_profile(&mut self) -> Vec<Timing> {
-        self.profile.as_mut().map(std::mem::take).unwrap_or_default()
+    ///
+    /// # Errors
+    /// [`crate::device::DeviceError`] if the device fails.
+    pub async fn take_profile(&mut self) -> Result<Vec<Timing>> {
+        let mut all = Vec::new();
+        for timings in self.profile.as_mut().map(std::mem::take).unwrap_or_default() {
+            all.extend(timings.wait().await?);
+        }
+        Ok(all)
     }
 
     /// The plan that ran last, printable.
@@ -156,14 +163,10 @@ impl Runner {
     pub fn submit(&mut self, batch: &Batch<'_>, extras: Extras) -> Result<Submission> {
         let profile = if extras.timed { self.profile.replace(Vec::new()) } else { None };
         let rows = self.run(batch, true)?;
-        let mut routing_time = None;
-        if extras.timed {
-            let timings = std::mem::replace(&mut self.profile, profile).unwrap_or_default();
-            let routes = |label: &str| {
-                ["router", "grouped_topk", "align_experts"].iter().any(|part| label.contains(part))
-            };
-            routing_time = Some(timings.iter().filter(|t| routes(&t.0)).map(|t| t.1).sum());
-        }
+        let timings = match extras.timed {
+            true => std::mem::replace(&mut self.profile, profile).unwrap_or_default(),
+            false => Vec::new(),
+        };
         let n = rows.iter().map(Range::len).sum();
         let with_logprobs = n > 0 && self.last.is_some_and(|shape| shape.logprobs);
         let mut tensors = Vec::new();
@@ -176,15 +179,15 @@ impl Runner {
         }
         tensors.extend(self.scratch.expert_counts.filter(|_| extras.expert_counts));
         let readback = (!tensors.is_empty()).then(|| self.device.read_all(&tensors));
-        Ok(Submission { rows, routing_time, n, with_logprobs, readback })
+        Ok(Submission { rows, timings, n, with_logprobs, readback })
     }
 
     /// Starts bringing the experts' counts to the host, without a step.
     pub fn expert_counts(&mut self) -> Option<Submission> {
         let readback = self.device.read(&self.scratch.expert_counts?);
-        let (rows, routing_time) = (Vec::new(), None);
+        let (rows, timings) = (Vec::new(), Vec::new());
         let readback = Some(readback);
-        Some(Submission { rows, routing_time, n: 0, with_logprobs: false, readback })
+        Some(Submission { rows, timings, n: 0, with_logprobs: false, readback })
     }
 
     /// Logits of the last step's first `n` rows. `[n, vocabulary]`
@@ -267,7 +270,7 @@ impl Runner {
 /// A plan that is run once, and where its timings go.
 struct Step<'a> {
     plan: &'a Plan,
-    profile: &'a mut Option<Vec<Timing>>,
+    profile: &'a mut Option<Vec<Timings>>,
 }
 
 impl Step<'_> {
@@ -285,7 +288,7 @@ impl Step<'_> {
         let Some(samples) = &mut self.profile else {
             return Ok(device.submit(self.plan, dispatches, reads)?);
         };
-        samples.extend(device.submit_profiled(self.plan, dispatches)?);
+        samples.push(device.submit_profiled(self.plan, dispatches)?);
         Ok(device.read_all(reads))
     }
 
@@ -301,9 +304,8 @@ impl Step<'_> {
         debug_assert_eq!(rec.cuts.len(), 2 * handoffs.len(), "two cuts for each layer");
         for (i, at) in handoffs.iter().enumerate() {
             let seen = self.submit(device, rec.segment(2 * i), &exchange.reads(at))?;
-            let mut own = |device: &mut Device| {
-                self.submit(device, rec.segment(2 * i + 1), &[]).map(drop)
-            };
+            let mut own =
+                |device: &mut Device| self.submit(device, rec.segment(2 * i + 1), &[]).map(drop);
             exchange.run(device, at, seen, &mut own)?;
         }
         self.submit(device, rec.segment(2 * handoffs.len()), &[]).map(drop)
@@ -326,7 +328,7 @@ pub struct Routed {
 pub struct Extras {
     /// Bring the experts' counts along.
     pub expert_counts: bool,
-    /// Time the routers, waiting for the device.
+    /// Time the routers.
     pub timed: bool,
 }
 
@@ -335,8 +337,7 @@ pub struct Extras {
 pub struct Submission {
     /// Rows of logits that belong to each sequence, in batch order.
     pub rows: Vec<Range<usize>>,
-    /// Device time of routers and of the sorting by expert, if timed.
-    pub routing_time: Option<Duration>,
+    timings: Vec<Timings>,
     n: usize,
     with_logprobs: bool,
     readback: Option<Readback>,
@@ -354,28 +355,30 @@ pub struct StepResults {
     pub top_ids: Vec<u32>,
     /// The experts' counts, if asked: see [`crate::kernels::CountExperts`].
     pub expert_counts: Vec<u32>,
+    /// Device time of routers and of the sorting by expert, if timed.
+    pub routing_time: Option<Duration>,
 }
 
 impl Submission {
-    /// Waits for this step, not for later ones.
+    /// Waits for this step, not for later ones; in browsers without blocking.
     ///
     /// # Errors
     /// [`crate::device::DeviceError`] if the device fails.
-    pub fn wait(mut self) -> Result<StepResults> {
-        let bytes = self.readback.take().map(Readback::wait_now).transpose()?;
-        Ok(self.results(&bytes.unwrap_or_default()))
-    }
-
-    /// [`Submission::wait`] where nothing may block.
-    ///
-    /// # Errors
-    /// Those of [`Submission::wait`].
-    pub async fn wait_async(mut self) -> Result<StepResults> {
+    pub async fn wait(mut self) -> Result<StepResults> {
         let bytes = match self.readback.take() {
             Some(readback) => readback.wait().await?,
             None => Vec::new(),
         };
-        Ok(self.results(&bytes))
+        let mut results = self.results(&bytes);
+        let routes = |label: &str| {
+            ["router", "grouped_topk", "align_experts"].iter().any(|part| label.contains(part))
+        };
+        for timings in self.timings {
+            let timings = timings.wait().await?;
+            let routing: Duration = timings.iter().filter(|t| routes(&t.0)).map(|t| t.1).sum();
+            *results.routing_time.get_or_insert_default() += routing;
+        }
+        Ok(results)
     }
 
     fn results(&self, bytes: &[u8]) -> StepResults {
@@ -390,6 +393,7 @@ impl Submission {
             logprobs: logprobs.iter().map(|&bits| f32::from_bits(bits)).collect(),
             top_ids: top_ids.to_vec(),
             expert_counts: expert_counts.to_vec(),
+            routing_time: None,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use crate::model::ModelSpec;
+use crate::{model::ModelSpec, weights::Directory};
 
 use super::EvaluateError;
 
@@ -53,7 +53,9 @@ impl Expectation {
     pub fn read(dir: &Path, spec: &ModelSpec) -> Result<Self, EvaluateError> {
         let path = dir.join("expected.json");
         let fail = |cause: String| EvaluateError::Expectation { path: path.clone(), cause };
-        let json = crate::llm::read_json(&path).map_err(|e| fail(e.to_string()))?;
+        let json = crate::llm::read_json(&Directory(dir.into()), dir, "expected.json");
+        let json = json.map_err(|e| fail(e.to_string()))?;
+        let json = json.ok_or_else(|| fail("there is no such file".into()))?;
         let logit_atol = json.get("logit_atol").and_then(Value::as_f64).unwrap_or(5e-4);
         let prompts = json
             .get("prompts")

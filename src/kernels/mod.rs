@@ -65,8 +65,8 @@ fn sum_lanes(shader: Shader, caps: &Caps, most: u32) -> (Shader, u32) {
 }
 
 /// Splits `n` workgroups over x and y of a grid, since one dimension may be too short.
-/// Returns (x, y); the workgroup's index is `group.x + group.y * x`.
+/// Returns (x, y) with few groups to spare; the workgroup's index is `group.x + group.y * x`.
 fn grid_2d(n: u32, caps: &Caps) -> (u32, u32) {
-    let x = n.min(caps.max_grid);
-    (x, if x == 0 { 0 } else { n.div_ceil(x) })
+    let y = n.div_ceil(caps.max_grid);
+    (if y == 0 { 0 } else { n.div_ceil(y) }, y)
 }

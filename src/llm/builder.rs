@@ -1,8 +1,8 @@
 //! What to load and how, set one by one.
 
-use crate::{Result, device::DeviceChoice, engine::EngineConfig, weights::WeightFormat};
+use crate::{device::DeviceChoice, engine::EngineConfig, weights::WeightFormat};
 
-use super::{Llm, LlmOptions, LoadFormat};
+use super::{ExpertPlacement, Llm, LlmOptions, LoadFormat};
 
 /// Sets [`LlmOptions`] and loads the model; made by [`Llm::builder`].
 #[derive(Debug, Clone, Default)]
@@ -30,6 +30,10 @@ setters! {
     offline: bool => offline,
     /// Which adapter; the best one otherwise.
     device: DeviceChoice => device,
+    /// Further devices that hold a share of the experts.
+    expert_devices: Vec<DeviceChoice> => expert_devices,
+    /// Which experts go where.
+    expert_placement: ExpertPlacement => expert_placement,
     /// Packing of the experts' weights.
     weights: WeightFormat => weights,
     /// Where weights come from.
@@ -62,7 +66,8 @@ impl LlmBuilder {
     ///
     /// # Errors
     /// [`crate::Error`] for files that are missing or wrong and for models that do not fit.
-    pub fn build(self) -> Result<Llm> {
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn build(self) -> crate::Result<Llm> {
         Llm::open(self.0)
     }
 }

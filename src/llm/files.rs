@@ -8,15 +8,14 @@ use crate::{
     Result,
     engine::SamplingParams,
     model::{ModelSpec, arch},
+    weights::{Files, read_bounded},
 };
-
-use super::LlmOptions;
 
 /// Name of the model that every command uses unless told otherwise.
 pub const DEFAULT_MODEL: &str = "gull-20m";
 
-/// A `config.json` is never larger.
-const MAX_JSON_BYTES: u64 = 64 << 20;
+/// No file beside the weights is larger; the largest is tokenizer.json.
+const MAX_FILE_BYTES: u64 = 256 << 20;
 
 /// Model files that are missing or cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +91,8 @@ pub fn locate() -> Result<PathBuf, FilesError> {
 }
 
 /// The directory that `options.model` means, downloaded from the hub if it is an id.
-pub(super) fn resolve(options: &LlmOptions) -> Result<PathBuf> {
+#[cfg(not(target_arch = "wasm32"))]
+pub(super) fn resolve(options: &super::LlmOptions) -> Result<PathBuf> {
     let Some(name) = &options.model else { return Ok(locate()?) };
     if Path::new(name).is_dir() {
         return Ok(PathBuf::from(name));
@@ -109,13 +109,15 @@ pub(super) fn resolve(options: &LlmOptions) -> Result<PathBuf> {
     Err(FilesError::NoModel { name: name.clone() }.into())
 }
 
-/// Reads config.json and, if there, generation_config.json.
-pub(super) fn read_config(dir: &Path) -> Result<(ModelSpec, SamplingParams)> {
-    let mut spec = arch::parse(&read_json(&dir.join("config.json"))?)?;
-    let path = dir.join("generation_config.json");
+/// Reads config.json and, if there, generation_config.json; `dir` is what errors call the place.
+pub(super) fn read_config(files: &dyn Files, dir: &Path) -> Result<(ModelSpec, SamplingParams)> {
+    let config = read_json(files, dir, "config.json")?.ok_or_else(|| FilesError::Read {
+        path: dir.join("config.json"),
+        cause: std::io::ErrorKind::NotFound.into(),
+    })?;
+    let mut spec = arch::parse(&config)?;
     let mut defaults = SamplingParams::default();
-    if path.exists() {
-        let json = read_json(&path)?;
+    if let Some(json) = read_json(files, dir, "generation_config.json")? {
         let number = |key: &str| json.get(key).and_then(Value::as_f64).map(|v| v as f32);
         let set = |field: &mut f32, key| *field = number(key).unwrap_or(*field);
         set(&mut defaults.temperature, "temperature");
@@ -139,15 +141,23 @@ pub(super) fn read_config(dir: &Path) -> Result<(ModelSpec, SamplingParams)> {
     Ok((spec, defaults))
 }
 
-/// Reads a JSON file of bounded size.
-pub(crate) fn read_json(path: &Path) -> Result<Value, FilesError> {
-    let read = || {
-        if std::fs::metadata(path)?.len() > MAX_JSON_BYTES {
-            return Err(std::io::Error::other(format!("it is over {MAX_JSON_BYTES} bytes")));
-        }
-        std::fs::read(path)
-    };
-    let bytes = read().map_err(|cause| FilesError::Read { path: path.to_owned(), cause })?;
-    serde_json::from_slice(&bytes)
-        .map_err(|e| FilesError::Json { path: path.to_owned(), cause: e.to_string() })
+/// Reads a JSON file of bounded size; `None` where there is none.
+pub(crate) fn read_json(
+    files: &dyn Files,
+    dir: &Path,
+    name: &str,
+) -> Result<Option<Value>, FilesError> {
+    let Some(bytes) = read(files, dir, name)? else { return Ok(None) };
+    let json = serde_json::from_slice(&bytes);
+    json.map(Some).map_err(|e| FilesError::Json { path: dir.join(name), cause: e.to_string() })
+}
+
+/// Reads a file beside the weights; `None` where there is none.
+pub(super) fn read(
+    files: &dyn Files,
+    dir: &Path,
+    name: &str,
+) -> Result<Option<Vec<u8>>, FilesError> {
+    let bytes = read_bounded(files, name, MAX_FILE_BYTES);
+    bytes.map_err(|cause| FilesError::Read { path: dir.join(name), cause })
 }

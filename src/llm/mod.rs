@@ -4,9 +4,11 @@
 mod answer;
 mod builder;
 mod files;
+#[cfg(not(target_arch = "wasm32"))]
 mod grammar;
 mod memory;
 mod prompt;
+mod spread;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -16,16 +18,20 @@ use crate::{
     engine::{Engine, EngineConfig, Runner, SamplingParams},
     model::{KvCache, Limits, Model, ModelSpec, Precision},
     text::{ChatTemplate, Tokenizer},
-    weights::{Checkpoint, DummySource, Source, WeightFormat},
+    weights::{Checkpoint, DummySource, Files, Source, WeightFormat},
 };
 
 pub use answer::{Answer, Generation};
 pub use builder::LlmBuilder;
+#[cfg(not(target_arch = "wasm32"))]
 pub(crate) use files::read_json;
 pub use files::{DEFAULT_MODEL, FilesError, locate};
+#[cfg(not(target_arch = "wasm32"))]
 pub use grammar::{Grammar, GrammarCompiler, GrammarError};
 pub use memory::MemoryPlan;
 pub use prompt::chat_prompt;
+pub use spread::ExpertPlacement;
+use spread::Spread;
 
 /// Where weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +53,11 @@ pub struct LlmOptions {
     pub offline: bool,
     /// Which adapter.
     pub device: DeviceChoice,
+    /// Further devices that hold a share of the experts; the primary one holds the first share
+    /// and everything else.
+    pub expert_devices: Vec<DeviceChoice>,
+    /// Which experts go where.
+    pub expert_placement: ExpertPlacement,
     /// Highest tier of the adapter to use, for tests and to rule a tier out; all if absent.
     pub tier: Option<Tier>,
     /// Packing of the experts' weights, see [`Precision::of`].
@@ -83,6 +94,8 @@ impl Default for LlmOptions {
             revision: None,
             offline: false,
             device: DeviceChoice::Auto,
+            expert_devices: Vec::new(),
+            expert_placement: ExpertPlacement::Linear,
             tier: None,
             weights: WeightFormat::W8 { group: None },
             load_format: LoadFormat::Safetensors,
@@ -109,7 +122,9 @@ pub struct PlannedLlm {
     pub spec: ModelSpec,
     /// What it will take.
     pub memory: MemoryPlan,
+    files: Box<dyn Files>,
     device: Device,
+    spread: Spread,
     limits: Limits,
     n_blocks: usize,
     max_model_len: usize,
@@ -137,11 +152,25 @@ impl PlannedLlm {
     ///
     /// # Errors
     /// [`crate::Error`] for files that are missing or wrong and for models that cannot fit.
-    pub fn new(mut options: LlmOptions) -> Result<Self> {
-        options.block_size = options.block_size.clamp(1, MAX_STEP_TOKENS);
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn new(options: LlmOptions) -> Result<Self> {
         let dir = files::resolve(&options)?;
-        let (spec, defaults) = files::read_config(&dir)?;
-        let mut device = pollster::block_on(Device::open(&options.device))?;
+        let files = Box::new(crate::weights::Directory(dir.clone()));
+        pollster::block_on(Self::from_files(files, dir, options))
+    }
+
+    /// As [`PlannedLlm::new`], for files that lie anywhere; `dir` is what errors call the place.
+    ///
+    /// # Errors
+    /// Those of [`PlannedLlm::new`].
+    pub async fn from_files(
+        files: Box<dyn Files>,
+        dir: PathBuf,
+        mut options: LlmOptions,
+    ) -> Result<Self> {
+        options.block_size = options.block_size.clamp(1, MAX_STEP_TOKENS);
+        let (spec, defaults) = files::read_config(&*files, &dir)?;
+        let mut device = Device::open(&options.device).await?;
         if let Some(tier) = options.tier {
             device.shrink(tier);
         }
@@ -156,8 +185,25 @@ impl PlannedLlm {
             max_penalized: options.max_num_seqs.clamp(1, 32),
         }
         .fit(&spec, &device.caps());
-        let (memory, n_blocks) = memory::plan(&options, &spec, &limits, max_model_len, &device)?;
-        Ok(Self { dir, spec, memory, device, limits, n_blocks, max_model_len, defaults, options })
+        let (choices, placement) = (&options.expert_devices, &options.expert_placement);
+        let spread = Spread::open(choices, options.tier, placement, &spec).await?;
+        let limits = spread.fit(limits, &spec);
+        let layout = spread.layout();
+        let (memory, n_blocks) =
+            memory::plan(&options, &spec, &limits, max_model_len, &layout, &device)?;
+        Ok(Self {
+            dir,
+            spec,
+            memory,
+            files,
+            device,
+            spread,
+            limits,
+            n_blocks,
+            max_model_len,
+            defaults,
+            options,
+        })
     }
 
     /// Adapter, backend and tier, or why the CPU computes.
@@ -170,23 +216,23 @@ impl PlannedLlm {
         }
     }
 
+    /// Devices beside the primary one, as [`PlannedLlm::device`].
+    pub fn expert_devices(&self) -> Vec<String> {
+        self.spread.describe()
+    }
+
     /// Loads weights; `progress` hears of bytes uploaded.
     ///
     /// # Errors
     /// [`crate::Error`] for broken checkpoints, tokenizers and templates, and device failures.
     pub fn load(mut self, progress: &dyn Fn(u64)) -> Result<Llm> {
         let dummy = self.options.load_format == LoadFormat::Dummy;
-        let tokenizer =
-            match self.options.text && (self.dir.join("tokenizer.json").exists() || !dummy) {
-                true => Some(Arc::new(Tokenizer::from_dir(&self.dir)?)),
-                false => None,
-            };
-        let template = match self.options.text {
-            true => ChatTemplate::from_dir(&self.dir)?,
-            false => None,
+        let (tokenizer, template) = match self.options.text {
+            true => self.read_text(dummy)?,
+            false => (None, None),
         };
         let source: Box<dyn Source> = match self.options.load_format {
-            LoadFormat::Safetensors => Box::new(Checkpoint::open(&self.dir)?),
+            LoadFormat::Safetensors => Box::new(Checkpoint::from_files(&*self.files, &self.dir)?),
             LoadFormat::Dummy => Box::new(DummySource::new(self.options.engine.seed)),
         };
         let precision = Precision::of(self.options.weights);
@@ -197,17 +243,37 @@ impl PlannedLlm {
             self.options.block_size,
             precision.activations,
         )?;
-        let model = Model::load(
+        let layout = self.spread.layout();
+        let exchange = self.spread.load(&self.spec, &*source, precision, &self.limits)?;
+        let model = Model::load_part(
             self.spec,
             &*source,
             &mut self.device,
             precision,
             self.max_model_len,
+            &layout,
             progress,
         )?;
-        let runner = Runner::new(self.device, model, kv, self.limits)?;
+        let mut runner = Runner::new(self.device, model, kv, self.limits)?;
+        if let Some(exchange) = exchange {
+            runner = runner.with_exchange(exchange);
+        }
         let engine = Engine::new(runner, self.options.engine);
         Ok(Llm { dir: self.dir, engine, tokenizer, template, defaults: self.defaults })
+    }
+
+    /// The tokenizer, which only a dummy model may lack, and the chat template.
+    fn read_text(&self, dummy: bool) -> Result<(Option<Arc<Tokenizer>>, Option<ChatTemplate>)> {
+        let read = |name| files::read(&*self.files, &self.dir, name);
+        let config = read("tokenizer_config.json")?;
+        let template =
+            ChatTemplate::from_bytes(read("chat_template.jinja")?.as_deref(), config.as_deref())?;
+        let tokenizer = match read("tokenizer.json")? {
+            Some(json) => Some(Arc::new(Tokenizer::from_bytes(&json, config.as_deref())?)),
+            None if dummy => None,
+            None => return Err(FilesError::NoTokenizer { dir: self.dir.clone() }.into()),
+        };
+        Ok((tokenizer, template))
     }
 }
 
@@ -222,6 +288,7 @@ impl Llm {
     ///
     /// # Errors
     /// Those of [`PlannedLlm::new`] and [`PlannedLlm::load`].
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn open(options: LlmOptions) -> Result<Self> {
         PlannedLlm::new(options)?.load(&|_| {})
     }
@@ -240,6 +307,7 @@ impl Llm {
     ///
     /// # Errors
     /// [`FilesError::NoTokenizer`], [`GrammarError`].
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn grammar_compiler(&mut self) -> Result<GrammarCompiler> {
         let tokenizer = self.tokenizer()?.clone();
         let spec = &self.engine.runner().model().spec;

@@ -184,7 +184,7 @@ impl RoutedExperts {
         layout: &ExpertLayout,
         moe_index: usize,
     ) -> Result<Self> {
-        let all = ||(0..shape.n_experts).collect::<Vec<_>>();
+        let all = || (0..shape.n_experts).collect::<Vec<_>>();
         let (held, map) = match layout {
             ExpertLayout::All => (all(), None),
             ExpertLayout::Share(owners, rank) => {
@@ -278,11 +278,8 @@ impl RoutedExperts {
         let format = self.banks.gate_up[0].1.format;
         let block_size = ExpertGemm::block_size(rec.caps(), format, x.dtype, n_slots, n_experts);
         let aligned: Aligned = buffers.aligned.expect("allocated for models with experts");
-        let aligned = aligned.reshape(AlignShape {
-            n_entries: n_slots,
-            n_experts: n_held,
-            block_size,
-        });
+        let aligned =
+            aligned.reshape(AlignShape { n_entries: n_slots, n_experts: n_held, block_size });
         align_experts(rec, ids, n_held, block_size, &aligned);
         let gemm = |label, first_expert, bank, x, divide, weights, out| ExpertGemm {
             label,

@@ -163,9 +163,6 @@ pub(super) struct Loader<'a> {
     progress: &'a dyn Fn(u64),
 }
 
-/// [`Loader::alloc`] or [`Loader::alloc_host`].
-type Alloc<'a> = fn(&mut Loader<'a>, &str, &[usize], DType) -> Result<Tensor>;
-
 enum Target<'a> {
     Device(&'a dyn Source, &'a mut Device),
     Tally(&'a mut Tally),
@@ -191,25 +188,10 @@ impl<'a> Loader<'a> {
         matches!(&self.target, Target::Device(source, _) if source.contains(name))
     }
 
-    pub(super) fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+    fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
         Ok(match &mut self.target {
             Target::Device(_, device) => device.alloc(what, shape, dtype)?,
             Target::Tally(tally) => tally.alloc(what, shape, dtype)?,
-        })
-    }
-
-    /// The host's memory is not the device's: it does not count.
-    pub(super) fn alloc_host(
-        &mut self,
-        what: &str,
-        shape: &[usize],
-        dtype: DType,
-    ) -> Result<Tensor> {
-        Ok(match &mut self.target {
-            Target::Device(_, device) => device.alloc_host(what, shape, dtype)?,
-            Target::Tally(tally) => {
-                Tally { bytes: 0, ..tally.clone() }.alloc(what, shape, dtype)?
-            }
         })
     }
 
@@ -259,7 +241,7 @@ impl<'a> Loader<'a> {
         let mut parts = Vec::new();
         for first in (0..total).step_by(most) {
             let range = first..(first + most).min(total);
-            let matrix = self.matrix(&rows[0].name, 1, range.len(), cols, format, Loader::alloc)?;
+            let matrix = self.matrix(&rows[0].name, 1, range.len(), cols, format)?;
             self.fill(&matrix, 0, rows, range.clone(), cols)?;
             let bias = if bias { Some(self.bias(rows, range)?) } else { None };
             parts.push((first, matrix, bias));
@@ -275,32 +257,18 @@ impl<'a> Loader<'a> {
         cols: Cols,
         format: WeightFormat,
     ) -> Result<Vec<(usize, Matrix)>> {
-        let banks = self.empty_banks(experts.len(), &rows(0), cols, format, Loader::alloc)?;
-        self.fill_banks(&banks, experts, rows, cols)?;
-        Ok(banks)
-    }
-
-    /// Banks of `experts` in the host's memory, from where the device copies.
-    pub(super) fn host_banks(
-        &mut self,
-        experts: &[usize],
-        rows: impl Fn(usize) -> Vec<Rows>,
-        cols: Cols,
-        format: WeightFormat,
-    ) -> Result<Vec<(usize, Matrix)>> {
-        let banks = self.empty_banks(experts.len(), &rows(0), cols, format, Loader::alloc_host)?;
+        let banks = self.empty_banks(experts.len(), &rows(0), cols, format)?;
         self.fill_banks(&banks, experts, rows, cols)?;
         Ok(banks)
     }
 
     /// Banks with room for `n_experts` experts whose rows are as those of `stack`.
-    pub(super) fn empty_banks(
+    fn empty_banks(
         &mut self,
         n_experts: usize,
         stack: &[Rows],
         cols: Cols,
         format: WeightFormat,
-        alloc: Alloc<'a>,
     ) -> Result<Vec<(usize, Matrix)>> {
         let total = padded(stack.iter().map(|r| r.stacked).sum());
         let expert_bytes = total * format.bytes_per_row(cols.stacked());
@@ -312,7 +280,7 @@ impl<'a> Loader<'a> {
         firsts
             .map(|first| {
                 let n = most.min(n_experts - first);
-                Ok((first, self.matrix(&stack[0].name, n, total, cols, format, alloc)?))
+                Ok((first, self.matrix(&stack[0].name, n, total, cols, format)?))
             })
             .collect()
     }
@@ -354,13 +322,12 @@ impl<'a> Loader<'a> {
         rows: usize,
         cols: Cols,
         format: WeightFormat,
-        alloc: Alloc<'a>,
     ) -> Result<Matrix> {
         let row_bytes = format.bytes_per_row(cols.stacked());
-        let weights = alloc(self, what, &[n_experts, rows, row_bytes], DType::U8)?;
+        let weights = self.alloc(what, &[n_experts, rows, row_bytes], DType::U8)?;
         let scales = match format.scales_per_row(cols.stacked()) {
             0 => weights,
-            n => alloc(self, what, &[n_experts, rows, n], DType::F32)?,
+            n => self.alloc(what, &[n_experts, rows, n], DType::F32)?,
         };
         let cols = padded(cols.stacked());
         Ok(Matrix { weights, scales, format, rows, cols, n_experts })

@@ -59,8 +59,7 @@ impl ExpertShard {
                 width: moe.intermediate_size,
                 format: precision.experts,
             };
-            let layer =
-                RoutedExperts::load(&mut loader, &shape, moe.routing, &layout, moe_index)?;
+            let layer = RoutedExperts::load(&mut loader, &shape, moe.routing, &layout, moe_index)?;
             layers.push(layer);
         }
         let (spec, plans) = (spec.clone(), HashMap::new());
@@ -74,8 +73,10 @@ impl Worker for ExpertShard {
         let n = rows.n.next_power_of_two().min(self.buffers.normed.rows());
         let moe = self.spec.moe_layers().nth(layer).map(|(_, moe)| moe.routing);
         let top_k = moe.map_or(1, |routing| routing.top_k);
-        let (x, sums) =
-            (self.buffers.rows(self.buffers.normed, n), self.buffers.rows(self.buffers.residual, n));
+        let (x, sums) = (
+            self.buffers.rows(self.buffers.normed, n),
+            self.buffers.rows(self.buffers.residual, n),
+        );
         let routed = self.buffers.routed.iter().flatten().nth(layer);
         let (ids, weights) = routed.expect("buffers come from the same spec").rows(n, top_k);
         self.device.write_at(&x, 0, rows.x);

@@ -2,10 +2,9 @@
 //! primary device: activations go to the owners of the chosen experts and partial sums come back.
 //! Knows devices and ranks; what a rank computes with is behind [`Worker`].
 
-use std::{
-    fmt,
-    time::{Duration, Instant},
-};
+use std::{fmt, time::Duration};
+
+use web_time::Instant;
 
 use crate::{
     Result,
@@ -139,9 +138,8 @@ impl Sharded {
     /// What each rank gets of a layer; ranks that own no chosen expert are left out.
     fn visits(&self, layer: usize, top_k: usize, x: &[u8], ids: &[i32], w: &[f32]) -> Vec<Visit> {
         let owners = &self.owners[layer];
-        let mut visits: Vec<Visit> = (1..=self.workers.len())
-            .map(|rank| Visit { rank, ..Visit::default() })
-            .collect();
+        let mut visits: Vec<Visit> =
+            (1..=self.workers.len()).map(|rank| Visit { rank, ..Visit::default() }).collect();
         let row_bytes = x.len() * top_k / ids.len().max(1);
         for (token, chosen) in ids.chunks(top_k).enumerate() {
             for (j, place) in chosen.iter().map(|&id| owners.of(token, id)).enumerate() {

@@ -2,11 +2,15 @@
 //! which of them a device holds for now. A leaf: it knows devices and banks, neither layers'
 //! recordings nor requests.
 
+mod balance;
 mod exchange;
 mod owners;
+mod placement;
 
-pub use exchange::{Exchange, ExchangeStats, Handoff, Rows, Sharded, Worker};
+pub use balance::{Cluster, balancedness, is_improvement, preserve_slots, rebalance, replicate};
+pub use exchange::{Exchange, ExchangeStats, Handoff, Own, Rows, Sharded, Worker};
 pub use owners::{ExpertLayout, Owners};
+pub use placement::{Placement, Rank};
 
 /// Experts that cannot be spread as asked.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +23,20 @@ pub enum ParallelError {
         n_experts: usize,
         /// What is wrong.
         cause: String,
+    },
+    /// A placement file that says something else.
+    #[error("the placement file cannot be used: {cause}")]
+    PlacementFile {
+        /// What is wrong.
+        cause: String,
+    },
+    /// More experts than all devices hold together.
+    #[error("a layer's {n_experts} experts need as many slots, and all devices have {n_slots}")]
+    NoRoom {
+        /// Experts of the layer.
+        n_experts: usize,
+        /// Slots of all devices.
+        n_slots: usize,
     },
     /// A device that computes experts for another one failed.
     #[error("device {rank}, which holds some of the experts, failed: {cause}")]

@@ -84,7 +84,7 @@ impl Owners {
         Some(replicas[hash as usize % replicas.len()])
     }
 
-    /// The same for one rank as a table for [`crate::kernels::MapExperts`]: the number of
+    /// The same for one rank as a table for a kernel: the number of
     /// replicas, then each one's local id, or -1 where it is on another rank.
     /// `[experts, 1 + most replicas]`
     pub fn map(&self, rank: usize) -> (usize, Vec<i32>) {

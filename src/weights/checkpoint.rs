@@ -1,21 +1,17 @@
-//! A checkpoint in a directory: one safetensors file, or shards and their index, memory-mapped.
+//! A checkpoint: one safetensors file, or shards and their index.
 //!
 //! Opening reads headers only; a tensor's bytes are touched when they are converted, so that the
 //! resident memory is the working set of one tensor. Knows files, and no model.
 
 use std::{
-    borrow::Cow,
     collections::BTreeMap,
-    fs::{self, File},
-    io::Read,
     path::{Component, Path, PathBuf},
 };
 
-use memmap2::Mmap;
 use serde::Deserialize;
 
 use super::{
-    Header, Source, SourceTensor, WeightsError,
+    FileBytes, Files, Header, Source, SourceTensor, WeightsError, read_bounded,
     safetensors::{UniqueMap, brief},
     source::{check_shape, missing},
 };
@@ -29,7 +25,7 @@ pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Largest index read: those of the biggest published checkpoints have less than 10 MiB.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
 
-/// A directory of safetensors files, mapped and checked.
+/// The safetensors files of a model, opened and checked.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
@@ -37,65 +33,75 @@ pub struct Checkpoint {
     places: BTreeMap<String, usize>, // Tensor name -> position in `shards`.
 }
 
-/// One mapped file.
+/// One file.
 #[derive(Debug)]
 struct Shard {
     header: Header,
-    map: Mmap,
+    bytes: Box<dyn FileBytes>,
 }
 
 impl Checkpoint {
-    /// Opens `model.safetensors`, or else the shards of `model.safetensors.index.json`, in `dir`.
+    /// Opens the checkpoint in a directory, its files mapped.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::from_files`], and [`WeightsError::Io`] for a directory that cannot
+    /// be read.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn open(dir: &Path) -> Result<Self, WeightsError> {
+        std::fs::read_dir(dir).map_err(|cause| WeightsError::Io { path: dir.into(), cause })?;
+        Self::from_files(&super::Directory(dir.into()), dir)
+    }
+
+    /// Opens `model.safetensors`, or else the shards of `model.safetensors.index.json`; `dir` is
+    /// what errors call the place.
     ///
     /// # Errors
     /// [`WeightsError::NoCheckpoint`] where there is neither; [`WeightsError::Index`],
     /// [`WeightsError::MissingShard`], [`WeightsError::NotInShard`], [`WeightsError::Duplicate`]
     /// for a set of files that does not fit together, and the errors of [`Header::parse`].
-    pub fn open(dir: &Path) -> Result<Self, WeightsError> {
-        fs::read_dir(dir).map_err(|cause| WeightsError::Io { path: dir.into(), cause })?;
-        let (single, index) = (dir.join(SINGLE_FILE), dir.join(INDEX_FILE));
+    pub fn from_files(files: &dyn Files, dir: &Path) -> Result<Self, WeightsError> {
         let mut checkpoint = Self { dir: dir.into(), shards: Vec::new(), places: BTreeMap::new() };
-        if single.exists() {
-            checkpoint.add_shard(&single)?;
-        } else if index.exists() {
-            for (shard, names) in read_index(&index)? {
-                let path = dir.join(&shard);
-                if !path.exists() {
-                    return Err(WeightsError::MissingShard { index, shard });
-                }
-                checkpoint.add_shard(&path)?;
-                let entries = checkpoint.shards.last().map(|shard| shard.header.entries());
-                let absent = |name: &&String| !entries.is_some_and(|e| e.contains_key(*name));
-                if let Some(name) = names.iter().find(absent) {
-                    return Err(WeightsError::NotInShard { file: path, name: brief(name.clone()) });
-                }
-            }
-        } else {
+        if checkpoint.add_shard(files, SINGLE_FILE)? {
+            return Ok(checkpoint);
+        }
+        let index = dir.join(INDEX_FILE);
+        let Some(shards) = read_index(files, dir)? else {
             return Err(WeightsError::NoCheckpoint { dir: dir.into() });
+        };
+        for (shard, names) in shards {
+            if !checkpoint.add_shard(files, &shard)? {
+                return Err(WeightsError::MissingShard { index, shard });
+            }
+            let entries = checkpoint.shards.last().map(|shard| shard.header.entries());
+            let absent = |name: &&String| !entries.is_some_and(|e| e.contains_key(*name));
+            if let Some(name) = names.iter().find(absent) {
+                let (file, name) = (dir.join(&shard), brief(name.clone()));
+                return Err(WeightsError::NotInShard { file, name });
+            }
         }
         Ok(checkpoint)
     }
 
-    /// Maps a file, checks its header and takes in its tensors.
-    fn add_shard(&mut self, path: &Path) -> Result<(), WeightsError> {
-        let io = |cause| WeightsError::Io { path: path.into(), cause };
-        let file = open_file(path)?;
-        // SAFETY: the map is read-only and private to this checkpoint. A file that is cut off
-        // while it is mapped would fault, as with every mapped checkpoint: its owner must replace
-        // it by renaming, which is what the hub's cache and the safetensors library do.
-        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        let header = Header::parse(path, &map, map.len() as u64)?;
+    /// Opens a file, checks its header and takes in its tensors; false where it is absent.
+    fn add_shard(&mut self, files: &dyn Files, name: &str) -> Result<bool, WeightsError> {
+        let path = self.dir.join(name);
+        let io = |cause| WeightsError::Io { path: path.clone(), cause };
+        let Some(bytes) = files.open(name).map_err(io)? else { return Ok(false) };
+        let n_bytes = bytes.n_bytes();
+        let start = bytes.read(0..Header::n_bytes(&*bytes).map_err(io)?).map_err(io)?;
+        let header = Header::parse(&path, &start, n_bytes)?;
+        drop(start);
         for name in header.entries().keys() {
             if let Some(first) = self.places.insert(name.clone(), self.shards.len()) {
                 return Err(WeightsError::Duplicate {
                     name: brief(name.clone()),
                     first: self.shards[first].header.file().into(),
-                    second: path.into(),
+                    second: path,
                 });
             }
         }
-        self.shards.push(Shard { header, map });
-        Ok(())
+        self.shards.push(Shard { header, bytes });
+        Ok(true)
     }
 }
 
@@ -110,39 +116,30 @@ impl Source for Checkpoint {
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<SourceTensor<'_>, WeightsError> {
         let absent = || missing(name, &self.dir, self.places.keys());
-        let Shard { header, map } = &self.shards[*self.places.get(name).ok_or_else(absent)?];
+        let Shard { header, bytes } = &self.shards[*self.places.get(name).ok_or_else(absent)?];
         let entry = header.entries().get(name).ok_or_else(absent)?;
         check_shape(name, header.file(), shape, &entry.shape)?;
         let dtype = header.dtype(name, entry)?;
-        let bytes = map.get(entry.bytes.clone()).ok_or_else(absent)?;
-        SourceTensor::new(name, dtype, shape, Cow::Borrowed(bytes))
+        let range = entry.bytes.start as u64..entry.bytes.end as u64;
+        let io = |cause| WeightsError::Io { path: header.file().into(), cause };
+        SourceTensor::new(name, dtype, shape, bytes.read(range).map_err(io)?)
     }
 }
 
-/// Opens a regular file; a pipe in its place would block for ever.
-fn open_file(path: &Path) -> Result<File, WeightsError> {
-    let io = |cause| WeightsError::Io { path: path.into(), cause };
-    if !fs::metadata(path).map_err(io)?.is_file() {
-        return Err(io(std::io::Error::other("it is not a regular file")));
-    }
-    File::open(path).map_err(io)
-}
-
-/// Shards in the order of their names, each with the tensors that the index says it holds.
-pub(super) fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>, WeightsError> {
+/// Shards in the order of their names, each with the tensors that the index says it holds; `None`
+/// without an index.
+pub(super) fn read_index(
+    files: &dyn Files,
+    dir: &Path,
+) -> Result<Option<BTreeMap<String, Vec<String>>>, WeightsError> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: UniqueMap<String>,
     }
-    let invalid = |cause: String| WeightsError::Index { file: index.into(), cause: brief(cause) };
-    let mut bytes = Vec::new();
-    open_file(index)?
-        .take(MAX_INDEX_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|cause| WeightsError::Io { path: index.into(), cause })?;
-    if bytes.len() as u64 > MAX_INDEX_BYTES {
-        return Err(invalid(format!("it is larger than {MAX_INDEX_BYTES} bytes")));
-    }
+    let index = dir.join(INDEX_FILE);
+    let invalid = |cause: String| WeightsError::Index { file: index.clone(), cause: brief(cause) };
+    let bytes = read_bounded(files, INDEX_FILE, MAX_INDEX_BYTES);
+    let Some(bytes) = bytes.map_err(|cause| invalid(cause.to_string()))? else { return Ok(None) };
     let Index { weight_map } =
         serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
     let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -156,7 +153,7 @@ pub(super) fn read_index(index: &Path) -> Result<BTreeMap<String, Vec<String>>, 
     if shards.is_empty() {
         return Err(invalid("it names no tensor".into()));
     }
-    Ok(shards)
+    Ok(Some(shards))
 }
 
 /// Whether a shard's name is a plain path below the checkpoint's directory, on any system.
@@ -168,6 +165,8 @@ fn is_inside(shard: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use ::safetensors::{Dtype, serialize, tensor::TensorView};
+    use std::fs::{self, File};
+
     use tempfile::TempDir;
 
     use super::*;

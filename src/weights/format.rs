@@ -78,6 +78,15 @@ impl WeightFormat {
         }
     }
 
+    /// Bits of one weight.
+    pub fn bits(&self) -> usize {
+        match self {
+            Self::F32 => 32,
+            Self::F16 => 16,
+            Self::W8 { .. } => 8,
+        }
+    }
+
     /// Bytes of one packed row, padding included, scales excluded.
     pub fn bytes_per_row(&self, cols: usize) -> usize {
         padded(cols) * self.element_bytes()

@@ -18,7 +18,7 @@ use hf_hub::{
 };
 
 use super::{
-    WeightsError,
+    Directory, WeightsError,
     checkpoint::{INDEX_FILE, SINGLE_FILE, read_index},
 };
 
@@ -183,7 +183,8 @@ fn cached(id: &str, options: &HubOptions) -> Result<PathBuf, WeightsError> {
     if !has(INDEX_FILE) {
         return Err(absent(format!("{SINGLE_FILE} or {INDEX_FILE}")));
     }
-    match read_index(&snapshot.join(INDEX_FILE))?.into_keys().find(|shard| !has(shard)) {
+    let shards = read_index(&Directory(snapshot.clone()), &snapshot)?.unwrap_or_default();
+    match shards.into_keys().find(|shard| !has(shard)) {
         Some(shard) => Err(absent(shard)),
         None => Ok(snapshot),
     }
@@ -226,7 +227,8 @@ fn download(id: &str, options: &HubOptions) -> Result<PathBuf, WeightsError> {
         fetch(SINGLE_FILE)?;
     } else if offered(INDEX_FILE) {
         fetch(INDEX_FILE)?;
-        for shard in read_index(&snapshot.join(INDEX_FILE))?.keys() {
+        let shards = read_index(&Directory(snapshot.clone()), &snapshot)?.unwrap_or_default();
+        for shard in shards.keys() {
             fetch(shard)?;
         }
     } else {

@@ -3,9 +3,9 @@
 //! A [`Source`] yields one named tensor at a time in the dtype of its file; a [`WeightFormat`]
 //! packs it row by row for the kernels. Nothing here knows a model, a layer or a GPU.
 
-#[cfg(not(target_arch = "wasm32"))]
 mod checkpoint;
 mod dummy;
+mod files;
 mod format;
 #[cfg(all(feature = "hub", not(target_arch = "wasm32")))]
 pub mod hub;
@@ -14,9 +14,11 @@ mod source;
 
 use std::path::PathBuf;
 
-#[cfg(not(target_arch = "wasm32"))]
 pub use checkpoint::Checkpoint;
 pub use dummy::DummySource;
+#[cfg(not(target_arch = "wasm32"))]
+pub use files::Directory;
+pub use files::{FileBytes, Files, read_bounded};
 pub use format::{Encoded, PAD, WeightFormat, padded};
 pub use safetensors::{Entry, Header};
 pub use source::{MemorySource, Source, SourceDtype, SourceTensor};

@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fmt,
+    fmt, io,
     marker::PhantomData,
     ops::Range,
     path::{Path, PathBuf},
@@ -18,7 +18,7 @@ use serde::{
     de::{Error, IgnoredAny, MapAccess, Visitor},
 };
 
-use super::{SourceDtype, WeightsError};
+use super::{FileBytes, SourceDtype, WeightsError};
 
 /// Largest header accepted, as in the `safetensors` crate.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -71,6 +71,15 @@ impl Header {
             serde_json::from_str(text).map_err(|e| header_error(e.to_string()))?;
         let entries = check(file, infos.0, data_start, file_bytes)?;
         Ok(Self { file: file.into(), entries })
+    }
+
+    /// Length of the header of `file` with the field in front of it, as far as the file goes;
+    /// [`parse`](Self::parse) says what is wrong with it.
+    pub(super) fn n_bytes(file: &dyn FileBytes) -> io::Result<u64> {
+        let all = file.n_bytes();
+        let field = file.read(0..all.min(LENGTH_BYTES as u64))?;
+        let claimed = field.first_chunk().map_or(0, |&n| u64::from_le_bytes(n));
+        Ok(claimed.min(MAX_HEADER_BYTES).saturating_add(LENGTH_BYTES as u64).min(all))
     }
 
     /// The file's name, as given to [`parse`](Self::parse).

@@ -1,0 +1,100 @@
+//! What is measured, a model or a published shape, and how it is printed.
+
+use anyhow::{Context, ensure};
+use clap::{Args, ValueEnum};
+use moewe::{
+    bench::{Report, Workload, dummy_runner, measure_ceilings, shape, shape_names},
+    engine::Runner,
+    llm::LlmOptions,
+    model::Limits,
+};
+
+use crate::cli::options::{ModelArgs, Weights};
+
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+pub(super) enum Output {
+    /// Columns for reading.
+    Table,
+    /// A Markdown table.
+    Md,
+    /// One JSON object.
+    Json,
+}
+
+/// Options of every measurement.
+#[derive(Debug, Args)]
+pub(super) struct Subject {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// A published model's shape with random weights: qwen3-30b-a3b, mixtral-8x7b,
+    /// deepseek-v3-shard, olmoe
+    #[arg(long)]
+    shape: Option<String>,
+    /// Layers of the shape [default: all]
+    #[arg(long)]
+    layers: Option<usize>,
+    /// How to print
+    #[arg(short, long, value_enum, default_value = "table")]
+    pub(super) output: Output,
+}
+
+/// Nothing measured is longer: it would take days, and sizes computed from it would overflow.
+const MAX_TOKENS: usize = 1 << 24;
+
+/// Refuses sizes of 0 and absurd ones.
+pub(super) fn check_size(what: &str, sizes: impl IntoIterator<Item = usize>) -> anyhow::Result<()> {
+    let fits = sizes.into_iter().all(|n| (1..=MAX_TOKENS).contains(&n));
+    ensure!(fits, "{what} are from 1 to {MAX_TOKENS}");
+    Ok(())
+}
+
+impl Subject {
+    /// Loads the model, or makes one of random weights, for steps of up to `max_tokens` tokens
+    /// (those of `--max-num-batched-tokens`, if not given) and a cache for `workload`.
+    pub(super) fn runner(
+        &self,
+        max_sequences: usize,
+        max_tokens: Option<usize>,
+        longest: usize,
+        workload: &Workload,
+    ) -> anyhow::Result<Runner> {
+        let options = self.model.options(Weights::W8a16)?;
+        let max_tokens = max_tokens.unwrap_or(options.max_num_batched_tokens.max(2048));
+        let Some(name) = &self.shape else {
+            let options = LlmOptions {
+                max_model_len: Some(longest),
+                max_num_seqs: max_sequences,
+                max_num_batched_tokens: max_tokens,
+                max_logits: max_sequences,
+                ..options
+            };
+            return Ok(self.model.load(options)?.engine.into_runner());
+        };
+        let known = || shape_names().collect::<Vec<_>>().join(", ");
+        let spec = shape(name, self.layers)?
+            .with_context(|| format!("there is no shape {name:?}, only {}", known()))?;
+        let limits = Limits {
+            max_tokens,
+            max_sequences,
+            max_logits: max_sequences,
+            max_blocks: longest.div_ceil(options.block_size),
+            max_penalized: 1,
+        };
+        let n_blocks = workload.blocks(options.block_size);
+        Ok(dummy_runner(&options, spec, limits, n_blocks)?)
+    }
+
+    /// An empty report; measures the ceilings.
+    pub(super) fn report(&self, runner: &mut Runner) -> anyhow::Result<Report> {
+        let name = self.shape.clone().unwrap_or_else(|| runner.model().spec.architecture.into());
+        let ceilings = measure_ceilings(runner.device())?;
+        let report = Report::new(&name, runner, ceilings);
+        eprintln!("{}", report.title());
+        eprintln!(
+            "ceilings: copy {:.1} GB/s, matrix product {:.3} TFLOP/s",
+            ceilings.copy_bytes_per_s / 1e9,
+            ceilings.matmul_flops / 1e12
+        );
+        Ok(report)
+    }
+}
