@@ -18,6 +18,8 @@ mod goldens;
 mod invariance;
 /// A damaged config.json or safetensors header never panics, hangs or loads as garbage.
 mod mutations;
+/// Experts on several devices give what one device gives.
+mod parallel;
 /// Runs the binary and holds its output.
 mod program;
 /// Random models of odd sizes against a plain forward pass in f64.

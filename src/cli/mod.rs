@@ -2,6 +2,7 @@
 
 mod adapters;
 mod bench;
+mod devices;
 mod eval;
 mod load;
 mod options;

@@ -6,11 +6,13 @@ use anyhow::ensure;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use moewe::{
-    device::{DeviceChoice, Tier},
+    device::Tier,
     engine::{EngineConfig, SamplingParams},
     llm::{Llm, LlmOptions, LoadFormat, PlannedLlm},
     weights::WeightFormat,
 };
+
+use super::devices::DeviceArgs;
 
 /// Packing of weights.
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -51,9 +53,9 @@ pub(crate) struct ModelArgs {
     /// Use only what the hub's cache holds
     #[arg(long)]
     offline: bool,
-    /// auto, cpu, vulkan, metal, dx12, a number or part of a name from `moewe adapters`
-    #[arg(long, default_value = "auto", env = "MOEWE_DEVICE")]
-    device: String,
+    // Boxed, as it is large.
+    #[command(flatten)]
+    devices: Box<DeviceArgs>,
     /// Highest shader tier to use [default: the adapter's]
     #[arg(long, value_enum, hide = true)]
     tier: Option<TierArg>,
@@ -93,11 +95,14 @@ impl ModelArgs {
         let int8 = matches!(weights, WeightFormat::W8 { .. });
         ensure!(self.group_size.is_none() || int8, "--group-size goes with --weights w8a16");
         ensure!(self.max_num_batched_tokens > 0, "--max-num-batched-tokens must be at least 1");
+        let mut devices = self.devices.choices()?;
         Ok(LlmOptions {
             model: self.model.clone(),
             revision: self.revision.clone(),
             offline: self.offline,
-            device: self.device.parse::<DeviceChoice>().unwrap_or(DeviceChoice::Auto),
+            device: devices.remove(0),
+            expert_devices: devices,
+            expert_placement: self.devices.placement()?,
             tier: self.tier.map(|tier| match tier {
                 TierArg::Portable => Tier::Portable,
                 TierArg::Fast => Tier::Fast,
@@ -126,6 +131,9 @@ impl ModelArgs {
         }
         eprintln!("model   {} ({})", planned.dir.display(), planned.spec.architecture);
         eprintln!("device  {}", planned.device());
+        for (rank, device) in planned.expert_devices().iter().enumerate() {
+            eprintln!("        {device}: experts of rank {}", rank + 1);
+        }
         eprintln!("memory  {}", planned.memory);
         let bar = ProgressBar::new(planned.memory.weights).with_style(
             ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes} {eta}")?,

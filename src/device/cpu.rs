@@ -3,6 +3,7 @@
 
 use std::{
     cell::{Ref, RefCell, RefMut},
+    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -49,11 +50,7 @@ impl Cpu {
     }
 
     pub(crate) fn write(&mut self, id: BufferId, offset: u64, data: &[u8]) {
-        let words = Arc::get_mut(self.buffer(id).as_mut().expect("live buffer"))
-            .expect("no dispatch is running");
-        let offset = offset as usize;
-        bytemuck::cast_slice_mut::<u64, u8>(words)[offset..offset + data.len()]
-            .copy_from_slice(data);
+        self.bytes(id, offset, data.len() as u64).copy_from_slice(data);
     }
 
     pub(crate) fn read(&mut self, tensor: &Tensor) -> Vec<u8> {
@@ -62,9 +59,18 @@ impl Cpu {
         bytemuck::cast_slice::<u64, u8>(words)[start..start + tensor.bytes() as usize].to_vec()
     }
 
-    /// Runs every dispatch; returns the time each one took.
-    pub(crate) fn run(&mut self, rec: &Recording) -> Vec<Duration> {
-        rec.dispatches.iter().map(|d| self.dispatch(d)).collect()
+    /// Runs some dispatches; returns the time each one took.
+    pub(crate) fn run(&mut self, rec: &Recording, range: Range<usize>) -> Vec<Duration> {
+        if range.start == 0 {
+            rec.clears.iter().for_each(|t| self.bytes(t.buffer, t.offset, t.bytes()).fill(0));
+        }
+        rec.dispatches[range].iter().map(|d| self.dispatch(d)).collect()
+    }
+
+    fn bytes(&mut self, id: BufferId, offset: u64, bytes: u64) -> &mut [u8] {
+        let words = Arc::get_mut(self.buffer(id).as_mut().expect("live buffer"))
+            .expect("no dispatch is running");
+        &mut bytemuck::cast_slice_mut::<u64, u8>(words)[offset as usize..][..bytes as usize]
     }
 
     fn dispatch(&mut self, dispatch: &Dispatch) -> Duration {

@@ -5,7 +5,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use super::{Access, BufferId, Caps, DeviceError, Dispatch, Shader, Tier, adapter, shader};
+use super::{
+    Access, BufferId, Caps, DeviceError, Dispatch, Shader, Tier, adapter, plan::StagingPool, shader,
+};
 
 /// An opened adapter with its buffers and compiled pipelines.
 #[derive(Debug)]
@@ -20,6 +22,7 @@ pub struct Gpu {
     /// Most bytes of buffers at a time.
     peak_bytes: u64,
     failure: Failure,
+    pub(super) staging: StagingPool,
 }
 
 /// A compiled shader variant.
@@ -144,7 +147,7 @@ impl Gpu {
             sink.set(DeviceError::Lost { message: format!("{reason:?}: {message}") });
         });
         let (buffers, pipelines) = (Vec::new(), HashMap::new());
-        let peak_bytes = 0;
+        let (peak_bytes, staging) = (0, StagingPool::default());
         Ok(Self {
             device,
             queue,
@@ -155,6 +158,7 @@ impl Gpu {
             memory_bytes,
             peak_bytes,
             failure,
+            staging,
         })
     }
 

@@ -10,6 +10,8 @@ mod recording;
 mod shader;
 mod tensor;
 
+use std::ops::Range;
+
 pub use adapter::{AdapterInfo, DeviceChoice, adapters};
 pub use caps::{Caps, Tier};
 pub use cpu::{Cpu, Io};
@@ -270,11 +272,26 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Lost`].
     pub fn run(&mut self, plan: &Plan) -> Result<(), DeviceError> {
+        let all = 0..plan.recording().dispatches.len();
+        self.submit(plan, all, &[]).map(drop)
+    }
+
+    /// Submits some dispatches of a plan, such as a segment between two cuts, and starts copying
+    /// tensors to the host behind them, as [`Device::read_all`] does.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`].
+    pub fn submit(
+        &mut self,
+        plan: &Plan,
+        dispatches: Range<usize>,
+        reads: &[Tensor],
+    ) -> Result<Readback, DeviceError> {
         match self {
-            Device::Gpu(gpu) => plan.submit(gpu),
+            Device::Gpu(gpu) => plan.submit(gpu, dispatches, reads),
             Device::Cpu(cpu) => {
-                cpu.run(plan.recording());
-                Ok(())
+                cpu.run(plan.recording(), dispatches);
+                Ok(self.read_all(reads))
             }
         }
     }
@@ -285,9 +302,24 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
     pub fn run_profiled(&mut self, plan: &Plan) -> Result<Timings, DeviceError> {
+        self.submit_profiled(plan, 0..plan.recording().dispatches.len())
+    }
+
+    /// [`Device::run_profiled`] for some dispatches of a plan.
+    ///
+    /// # Errors
+    /// Those of [`Device::run_profiled`].
+    pub fn submit_profiled(
+        &mut self,
+        plan: &Plan,
+        dispatches: Range<usize>,
+    ) -> Result<Timings, DeviceError> {
         match self {
-            Device::Gpu(gpu) => plan.submit_profiled(gpu),
-            Device::Cpu(cpu) => Ok(Timings::ready(plan.recording(), cpu.run(plan.recording()))),
+            Device::Gpu(gpu) => plan.submit_profiled(gpu, dispatches),
+            Device::Cpu(cpu) => {
+                let times = cpu.run(plan.recording(), dispatches.clone());
+                Ok(Timings::ready(plan.recording(), dispatches, times))
+            }
         }
     }
 

@@ -1,7 +1,12 @@
 //! A recording made ready: pipelines, bind groups and one uniform block, built once per shape and
 //! run every step in one pass and one submit. And the way results come back.
 
-use std::{borrow::Cow, time::Duration};
+use std::{
+    borrow::Cow,
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use futures_channel::oneshot;
 
@@ -92,29 +97,49 @@ impl Plan {
         &self.rec
     }
 
-    pub(super) fn submit(&self, gpu: &Gpu) -> Result<(), DeviceError> {
+    /// Some dispatches, and copies of tensors to the host behind them, in one submission.
+    pub(super) fn submit(
+        &self,
+        gpu: &Gpu,
+        range: Range<usize>,
+        reads: &[Tensor],
+    ) -> Result<Readback, DeviceError> {
         let mut encoder = gpu.device.create_command_encoder(&Default::default());
-        {
+        self.clear(gpu, &range, &mut encoder);
+        if !range.is_empty() {
             let mut pass = encoder.begin_compute_pass(&Default::default());
-            for (step, d) in self.steps.iter().zip(&self.rec.dispatches) {
-                step.encode(&mut pass, d.grid);
+            let steps = self.steps[range.clone()].iter().zip(&self.rec.dispatches[range]);
+            steps.for_each(|(step, d)| step.encode(&mut pass, d.grid));
+        }
+        let readback = Readback::submit(gpu, encoder, &Readback::parts(gpu, reads));
+        gpu.check()?;
+        Ok(readback)
+    }
+
+    /// What is zeroed before the first dispatch.
+    fn clear(&self, gpu: &Gpu, range: &Range<usize>, encoder: &mut wgpu::CommandEncoder) {
+        if range.start == 0 {
+            for t in &self.rec.clears {
+                encoder.clear_buffer(gpu.buffer(t.buffer), t.offset, Some(t.bytes()));
             }
         }
-        gpu.queue.submit([encoder.finish()]);
-        gpu.check()
     }
 
     /// A pass per dispatch, with timestamps around it.
-    pub(super) fn submit_profiled(&self, gpu: &Gpu) -> Result<Timings, DeviceError> {
+    pub(super) fn submit_profiled(
+        &self,
+        gpu: &Gpu,
+        range: Range<usize>,
+    ) -> Result<Timings, DeviceError> {
         let Caps { timestamps: true, .. } = gpu.caps() else {
-            return Ok(Timings::ready(&self.rec, self.submit_timed(gpu)?));
+            let times = self.submit_timed(gpu, range.clone())?;
+            return Ok(Timings::ready(&self.rec, range, times));
         };
-        let n = self.steps.len();
-        let mut timings = Timings::ready(&self.rec, Vec::new());
+        let mut timings = Timings::ready(&self.rec, range.clone(), Vec::new());
         timings.period = f64::from(gpu.queue.get_timestamp_period());
         // A query set holds at most 4096 queries.
-        for part in (0..n).step_by(2048) {
-            let part = part..(part + 2048).min(n);
+        for first in range.clone().step_by(2048) {
+            let part = first..(first + 2048).min(range.end);
             let count = 2 * part.len() as u32;
             let queries = gpu.device.create_query_set(&wgpu::QuerySetDescriptor {
                 label: Some("timestamps"),
@@ -128,6 +153,7 @@ impl Plan {
                 mapped_at_creation: false,
             });
             let mut encoder = gpu.device.create_command_encoder(&Default::default());
+            self.clear(gpu, &part, &mut encoder);
             for (i, at) in part.clone().enumerate() {
                 let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
                     label: None,
@@ -141,18 +167,22 @@ impl Plan {
             }
             encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
             gpu.queue.submit([encoder.finish()]);
-            timings.ticks.push(Readback::copy(gpu, &[(&resolved, 0, resolved.size())]));
+            let encoder = gpu.device.create_command_encoder(&Default::default());
+            let parts = [(&resolved, 0, resolved.size())];
+            timings.ticks.push(Readback::submit(gpu, encoder, &parts));
         }
         gpu.check()?;
         Ok(timings)
     }
 
     /// A submit and a wait per dispatch, timed by the host.
-    fn submit_timed(&self, gpu: &Gpu) -> Result<Vec<Duration>, DeviceError> {
-        let mut times = Vec::with_capacity(self.steps.len());
-        for (step, d) in self.steps.iter().zip(&self.rec.dispatches) {
+    fn submit_timed(&self, gpu: &Gpu, range: Range<usize>) -> Result<Vec<Duration>, DeviceError> {
+        let mut times = Vec::with_capacity(range.len());
+        for at in range {
+            let (step, d) = (&self.steps[at], &self.rec.dispatches[at]);
             let start = web_time::Instant::now();
             let mut encoder = gpu.device.create_command_encoder(&Default::default());
+            self.clear(gpu, &(at..at + 1), &mut encoder);
             step.encode(&mut encoder.begin_compute_pass(&Default::default()), d.grid);
             gpu.queue.submit([encoder.finish()]);
             wait(&gpu.device, &gpu.failure(), None)?;
@@ -183,6 +213,44 @@ pub(super) fn wait(
     }
 }
 
+/// Mapped memory that results come through, kept for the next ones: making it anew takes longer
+/// than most copies.
+#[derive(Debug, Clone, Default)]
+pub(super) struct StagingPool(Arc<Mutex<Vec<wgpu::Buffer>>>);
+
+impl StagingPool {
+    /// Buffers kept; as many results are hardly ever under way.
+    const MOST: usize = 8;
+
+    fn lock(&self) -> MutexGuard<'_, Vec<wgpu::Buffer>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The smallest buffer that is large enough, but not far too large; or a new one.
+    fn take(&self, device: &wgpu::Device, bytes: u64) -> wgpu::Buffer {
+        let mut kept = self.lock();
+        let fits = |b: &wgpu::Buffer| b.size() >= bytes && b.size() / 8 <= bytes.max(4096);
+        let found = kept.iter().enumerate().filter(|(_, b)| fits(b)).min_by_key(|(_, b)| b.size());
+        if let Some((i, _)) = found {
+            return kept.swap_remove(i);
+        }
+        device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("readback"),
+            size: bytes.next_power_of_two().min(bytes.next_multiple_of(1 << 20)),
+            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        })
+    }
+
+    fn put(&self, buffer: wgpu::Buffer) {
+        let mut kept = self.lock();
+        if kept.len() == Self::MOST {
+            kept.remove(0);
+        }
+        kept.push(buffer);
+    }
+}
+
 /// Time that one dispatch took: its label and duration.
 pub type Timing = (Cow<'static, str>, Duration);
 
@@ -199,8 +267,8 @@ pub struct Timings {
 }
 
 impl Timings {
-    pub(super) fn ready(rec: &Recording, times: Vec<Duration>) -> Self {
-        let labels = rec.dispatches.iter().map(|d| d.label.clone()).collect();
+    pub(super) fn ready(rec: &Recording, range: Range<usize>, times: Vec<Duration>) -> Self {
+        let labels = rec.dispatches[range].iter().map(|d| d.label.clone()).collect();
         Self { labels, times, ticks: Vec::new(), period: 1.0 }
     }
 
@@ -238,6 +306,7 @@ enum State {
     Mapping {
         device: wgpu::Device,
         failure: Failure,
+        pool: StagingPool,
         submission: wgpu::SubmissionIndex,
         staging: wgpu::Buffer,
         bytes: usize,
@@ -251,20 +320,27 @@ impl Readback {
     }
 
     pub(super) fn gpu(gpu: &Gpu, tensors: &[Tensor]) -> Self {
-        let part = |t: &Tensor| (gpu.buffer(t.buffer), t.offset, t.bytes());
-        Self::copy(gpu, &tensors.iter().map(part).collect::<Vec<_>>())
+        let encoder = gpu.device.create_command_encoder(&Default::default());
+        Self::submit(gpu, encoder, &Self::parts(gpu, tensors))
     }
 
-    /// Buffers with the offset and number of bytes to copy, one after the other in whole words.
-    fn copy(gpu: &Gpu, parts: &[(&wgpu::Buffer, u64, u64)]) -> Self {
-        let size = parts.iter().map(|part| part.2.next_multiple_of(4)).sum();
-        let staging = gpu.device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("readback"),
-            size,
-            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        });
-        let mut encoder = gpu.device.create_command_encoder(&Default::default());
+    /// Buffers with the offset and number of bytes to copy.
+    fn parts<'a>(gpu: &'a Gpu, tensors: &[Tensor]) -> Vec<(&'a wgpu::Buffer, u64, u64)> {
+        tensors.iter().map(|t| (gpu.buffer(t.buffer), t.offset, t.bytes())).collect()
+    }
+
+    /// Submits what was encoded and copies of `parts`, one after the other in whole words.
+    fn submit(
+        gpu: &Gpu,
+        mut encoder: wgpu::CommandEncoder,
+        parts: &[(&wgpu::Buffer, u64, u64)],
+    ) -> Self {
+        let size: u64 = parts.iter().map(|part| part.2.next_multiple_of(4)).sum();
+        if size == 0 {
+            gpu.queue.submit([encoder.finish()]);
+            return Self::ready(Vec::new());
+        }
+        let staging = gpu.staging.take(&gpu.device, size);
         let mut at = 0;
         for &(source, offset, bytes) in parts {
             let bytes = bytes.next_multiple_of(4);
@@ -273,7 +349,7 @@ impl Readback {
         }
         let submission = gpu.queue.submit([encoder.finish()]);
         let (sender, mapped) = oneshot::channel();
-        staging.map_async(wgpu::MapMode::Read, .., move |result| {
+        staging.map_async(wgpu::MapMode::Read, ..size, move |result| {
             // The receiver is gone if nobody waits any more.
             let _ = sender.send(result);
         });
@@ -281,6 +357,7 @@ impl Readback {
         Self(State::Mapping {
             device: gpu.device.clone(),
             failure: gpu.failure(),
+            pool: gpu.staging.clone(),
             submission,
             staging,
             bytes: bytes as usize,
@@ -294,11 +371,10 @@ impl Readback {
     /// # Errors
     /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
     pub async fn wait(self) -> Result<Vec<u8>, DeviceError> {
-        let (device, failure, submission, staging, bytes, mapped) = match self.0 {
-            State::Ready(bytes) => return Ok(bytes),
-            State::Mapping { device, failure, submission, staging, bytes, mapped } => {
-                (device, failure, submission, staging, bytes, mapped)
-            }
+        let State::Mapping { device, failure, pool, submission, staging, bytes, mapped } = self.0
+        else {
+            let State::Ready(bytes) = self.0 else { unreachable!("there are two states") };
+            return Ok(bytes);
         };
         // In browsers polling does nothing: they deliver by themselves.
         wait(&device, &failure, Some(submission))?;
@@ -312,8 +388,13 @@ impl Readback {
             Err(_) => return Err(lost("a result was never delivered".into())),
         }
         failure.check()?;
-        let view = staging.get_mapped_range(..).map_err(|e| lost(e.to_string()))?;
-        Ok(view[..bytes].to_vec())
+        let range = ..bytes.next_multiple_of(4) as u64;
+        let view = staging.get_mapped_range(range).map_err(|e| lost(e.to_string()))?;
+        let bytes = view[..bytes].to_vec();
+        drop(view);
+        staging.unmap();
+        pool.put(staging);
+        Ok(bytes)
     }
 
     /// [`Readback::wait`], blocking; not in browsers.

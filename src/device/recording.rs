@@ -1,6 +1,6 @@
 //! What to run, as plain data: a list of dispatches that any device can execute.
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, fmt, ops::Range};
 
 use super::{Caps, Tensor, cpu::Io};
 
@@ -173,12 +173,34 @@ pub struct Recording {
     caps: Caps,
     /// What to run, in order.
     pub dispatches: Vec<Dispatch>,
+    /// Numbers of dispatches after which the host takes part, ascending; what lies between is
+    /// submitted by segments.
+    pub cuts: Vec<usize>,
+    /// Tensors that are zeroed before the first dispatch.
+    pub clears: Vec<Tensor>,
 }
 
 impl Recording {
     /// An empty recording for a device with `caps`.
     pub fn new(caps: &Caps) -> Self {
-        Self { caps: caps.clone(), dispatches: Vec::new() }
+        let (cuts, clears) = (Vec::new(), Vec::new());
+        Self { caps: caps.clone(), dispatches: Vec::new(), cuts, clears }
+    }
+
+    /// Ends a segment here.
+    pub fn cut(&mut self) {
+        self.cuts.push(self.dispatches.len());
+    }
+
+    /// Dispatches of segment `index`, one of `cuts.len() + 1`.
+    pub fn segment(&self, index: usize) -> Range<usize> {
+        let start = index.checked_sub(1).map_or(0, |before| self.cuts[before]);
+        start..self.cuts.get(index).copied().unwrap_or(self.dispatches.len())
+    }
+
+    /// Zeroes a tensor before the first dispatch.
+    pub fn clear(&mut self, tensor: Tensor) {
+        self.clears.push(tensor);
     }
 
     /// Capabilities that variants are chosen from.
@@ -213,6 +235,6 @@ impl fmt::Display for Recording {
             }
             writeln!(f)?;
         }
-        Ok(())
+        self.cuts.iter().try_for_each(|cut| writeln!(f, "cut before {cut}"))
     }
 }

@@ -8,6 +8,7 @@ use crate::{
     device::{DType, Device, Plan, Readback, Recording, Tensor, Timing, Timings},
     kernels::{Logprobs, Sample},
     model::{KvCache, Limits, Model, Scratch, StepShape},
+    parallel::{Exchange, Handoff},
 };
 
 use super::{
@@ -33,6 +34,8 @@ pub struct Runner {
     /// Block tables as the device has them. `[max_sequences][..]`
     tables: Vec<Vec<u32>>,
     profile: Option<Vec<Timings>>,
+    /// Takes over where a plan is cut.
+    exchange: Option<Box<dyn Exchange>>,
 }
 
 impl Runner {
@@ -55,7 +58,20 @@ impl Runner {
             tables: vec![Vec::new(); limits.max_sequences],
             limits,
             profile: None,
+            exchange: None,
         })
+    }
+
+    /// Sets who takes over at the experts of a model that was loaded in part.
+    #[must_use]
+    pub fn with_exchange(mut self, exchange: Box<dyn Exchange>) -> Self {
+        self.exchange = Some(exchange);
+        self
+    }
+
+    /// Who takes over at the experts, if they are not all on the device.
+    pub fn exchange(&self) -> Option<&dyn Exchange> {
+        self.exchange.as_deref()
     }
 
     /// The model.
@@ -118,9 +134,13 @@ impl Runner {
         self.n_steps += 1;
         let (plan, used) = self.plans.get_mut(&shape).expect("just made");
         *used = self.n_steps;
-        match &mut self.profile {
-            Some(samples) => samples.push(self.device.run_profiled(plan)?),
-            None => self.device.run(plan)?,
+        let mut step = Step { plan, profile: &mut self.profile };
+        match &mut self.exchange {
+            Some(exchange) if !step.plan.recording().cuts.is_empty() => {
+                let handoffs = self.scratch.handoffs(&self.model.spec, shape.n_tokens());
+                step.run_exchanging(&mut self.device, &mut **exchange, &handoffs)?;
+            }
+            _ => step.run(&mut self.device)?,
         }
         self.last = Some(shape);
         Ok(layout.rows)
@@ -244,6 +264,51 @@ impl Runner {
                 device.write_at(&inputs.block_tables, start, bytes);
             }
         }
+    }
+}
+
+/// A plan that is run once, and where its timings go.
+struct Step<'a> {
+    plan: &'a Plan,
+    profile: &'a mut Option<Vec<Timings>>,
+}
+
+impl Step<'_> {
+    fn run(&mut self, device: &mut Device) -> Result<()> {
+        let all = 0..self.plan.recording().dispatches.len();
+        self.submit(device, all, &[]).map(drop)
+    }
+
+    fn submit(
+        &mut self,
+        device: &mut Device,
+        dispatches: Range<usize>,
+        reads: &[Tensor],
+    ) -> Result<Readback> {
+        let Some(samples) = &mut self.profile else {
+            return Ok(device.submit(self.plan, dispatches, reads)?);
+        };
+        samples.push(device.submit_profiled(self.plan, dispatches)?);
+        Ok(device.read_all(reads))
+    }
+
+    /// Segments in turn: up to a layer's router, its experts on this device, and so on to the
+    /// rest of the step behind the last layer's experts.
+    fn run_exchanging(
+        &mut self,
+        device: &mut Device,
+        exchange: &mut dyn Exchange,
+        handoffs: &[Handoff],
+    ) -> Result<()> {
+        let rec = self.plan.recording();
+        debug_assert_eq!(rec.cuts.len(), 2 * handoffs.len(), "two cuts for each layer");
+        for (i, at) in handoffs.iter().enumerate() {
+            let seen = self.submit(device, rec.segment(2 * i), &exchange.reads(at))?;
+            let mut own =
+                |device: &mut Device| self.submit(device, rec.segment(2 * i + 1), &[]).map(drop);
+            exchange.run(device, at, seen, &mut own)?;
+        }
+        self.submit(device, rec.segment(2 * handoffs.len()), &[]).map(drop)
     }
 }
 

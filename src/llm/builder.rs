@@ -2,7 +2,7 @@
 
 use crate::{device::DeviceChoice, engine::EngineConfig, weights::WeightFormat};
 
-use super::{Llm, LlmOptions, LoadFormat};
+use super::{ExpertPlacement, Llm, LlmOptions, LoadFormat};
 
 /// Sets [`LlmOptions`] and loads the model; made by [`Llm::builder`].
 #[derive(Debug, Clone, Default)]
@@ -30,6 +30,10 @@ setters! {
     offline: bool => offline,
     /// Which adapter; the best one otherwise.
     device: DeviceChoice => device,
+    /// Further devices that hold a share of the experts.
+    expert_devices: Vec<DeviceChoice> => expert_devices,
+    /// Which experts go where.
+    expert_placement: ExpertPlacement => expert_placement,
     /// Packing of the experts' weights.
     weights: WeightFormat => weights,
     /// Where weights come from.

@@ -6,6 +6,7 @@ use crate::{
     Result,
     device::{Device, DeviceError, Tally},
     model::{KvCache, Limits, Model, ModelSpec, Precision, Scratch},
+    parallel::ExpertLayout,
 };
 
 use super::LlmOptions;
@@ -33,12 +34,13 @@ pub(super) fn plan(
     spec: &ModelSpec,
     limits: &Limits,
     n_positions: usize,
+    layout: &ExpertLayout,
     device: &Device,
 ) -> Result<(MemoryPlan, usize)> {
     let (precision, block_size) = (Precision::of(options.weights), options.block_size);
     let tally = || Tally { caps: device.caps(), bytes: 0 };
     let (mut weights, mut kv_cache, mut scratch) = (tally(), tally(), tally());
-    Model::tally(spec, precision, n_positions, &mut weights)?;
+    Model::tally(spec, precision, n_positions, layout, &mut weights)?;
     Scratch::alloc(&mut scratch, spec, limits, precision.activations)?;
     let share = f64::from(options.gpu_memory_utilization.clamp(0.01, 1.0));
     let total = options

@@ -8,6 +8,7 @@ mod files;
 mod grammar;
 mod memory;
 mod prompt;
+mod spread;
 mod tools;
 
 use std::{path::PathBuf, sync::Arc};
@@ -30,6 +31,8 @@ pub use files::{DEFAULT_MODEL, FilesError, locate};
 pub use grammar::{Grammar, GrammarCompiler, GrammarError};
 pub use memory::MemoryPlan;
 pub use prompt::chat_prompt;
+pub use spread::ExpertPlacement;
+use spread::Spread;
 pub use tools::{tell_tools, tool_format, tool_grammar};
 
 /// Where weights come from.
@@ -52,6 +55,11 @@ pub struct LlmOptions {
     pub offline: bool,
     /// Which adapter.
     pub device: DeviceChoice,
+    /// Further devices that hold a share of the experts; the primary one holds the first share
+    /// and everything else.
+    pub expert_devices: Vec<DeviceChoice>,
+    /// Which experts go where.
+    pub expert_placement: ExpertPlacement,
     /// Highest tier of the adapter to use, for tests and to rule a tier out; all if absent.
     pub tier: Option<Tier>,
     /// Packing of the experts' weights, see [`Precision::of`].
@@ -88,6 +96,8 @@ impl Default for LlmOptions {
             revision: None,
             offline: false,
             device: DeviceChoice::Auto,
+            expert_devices: Vec::new(),
+            expert_placement: ExpertPlacement::Linear,
             tier: None,
             weights: WeightFormat::W8 { group: None },
             load_format: LoadFormat::Safetensors,
@@ -116,6 +126,7 @@ pub struct PlannedLlm {
     pub memory: MemoryPlan,
     files: Box<dyn Files>,
     device: Device,
+    spread: Spread,
     limits: Limits,
     n_blocks: usize,
     max_model_len: usize,
@@ -176,13 +187,19 @@ impl PlannedLlm {
             max_penalized: options.max_num_seqs.clamp(1, 32),
         }
         .fit(&spec, &device.caps());
-        let (memory, n_blocks) = memory::plan(&options, &spec, &limits, max_model_len, &device)?;
+        let (choices, placement) = (&options.expert_devices, &options.expert_placement);
+        let spread = Spread::open(choices, options.tier, placement, &spec).await?;
+        let limits = spread.fit(limits, &spec);
+        let layout = spread.layout();
+        let (memory, n_blocks) =
+            memory::plan(&options, &spec, &limits, max_model_len, &layout, &device)?;
         Ok(Self {
             dir,
             spec,
             memory,
             files,
             device,
+            spread,
             limits,
             n_blocks,
             max_model_len,
@@ -199,6 +216,11 @@ impl PlannedLlm {
             }
             _ => self.device.describe(),
         }
+    }
+
+    /// Devices beside the primary one, as [`PlannedLlm::device`].
+    pub fn expert_devices(&self) -> Vec<String> {
+        self.spread.describe()
     }
 
     /// Loads weights; `progress` hears of bytes uploaded.
@@ -223,15 +245,21 @@ impl PlannedLlm {
             self.options.block_size,
             precision.activations,
         )?;
-        let model = Model::load(
+        let layout = self.spread.layout();
+        let exchange = self.spread.load(&self.spec, &*source, precision, &self.limits)?;
+        let model = Model::load_part(
             self.spec,
             &*source,
             &mut self.device,
             precision,
             self.max_model_len,
+            &layout,
             progress,
         )?;
-        let runner = Runner::new(self.device, model, kv, self.limits)?;
+        let mut runner = Runner::new(self.device, model, kv, self.limits)?;
+        if let Some(exchange) = exchange {
+            runner = runner.with_exchange(exchange);
+        }
         let engine = Engine::new(runner, self.options.engine);
         Ok(Llm { dir: self.dir, engine, tokenizer, template, defaults: self.defaults })
     }

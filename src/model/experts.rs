@@ -5,15 +5,17 @@ use crate::{
     device::{Caps, Recording, Tensor},
     kernels::{
         AlignShape, Aligned, CombineExperts, ExpertGemm, ExpertGemv, ExpertMode, GroupedTopk,
-        Matrix, Routing, Scoring, SiluMul, Store, align_experts,
+        MapExperts, Routing, Scoring, SiluMul, Store, align_experts,
     },
+    parallel::ExpertLayout,
     weights::WeightFormat,
 };
 
 use super::{
     ModelSpec, MoeSpec, Precision, SharedSpec,
+    banks::{BankShape, Banks, ExpertNames, names},
     linear::Linear,
-    loader::{Cols, Fused, Loader, Rows},
+    loader::{Cols, Loader, Rows},
     mlp::Mlp,
     scratch::{Buffers, Routed, StepInputs},
 };
@@ -26,17 +28,22 @@ pub(super) const BLOCK_SIZES: std::ops::RangeInclusive<usize> = 16..=128;
 pub(super) struct Experts {
     router: Linear,
     correction_bias: Option<Tensor>,
-    banks: Banks,
+    routed: RoutedExperts,
     shared: Option<Shared>,
-    routing: Routing,
-    width: usize,
 }
 
-/// Weights of a set of experts, gate rows above up rows: (first expert, matrices).
+/// The experts of a layer that a device holds.
 #[derive(Debug, Clone)]
-struct Banks {
-    gate_up: Vec<(usize, Matrix)>,
-    down: Vec<(usize, Matrix)>,
+pub(super) struct RoutedExperts {
+    banks: Banks,
+    routing: Routing,
+    width: usize,
+    /// Experts in the banks.
+    n_held: usize,
+    /// Where to find which; global ids are places in the banks if absent.
+    map: Option<Tensor>,
+    /// Whether other devices hold the rest, so that their sums come in.
+    is_shared_out: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -75,6 +82,7 @@ impl Experts {
         moe: &MoeSpec,
         index: usize,
         precision: Precision,
+        layout: &ExpertLayout,
     ) -> Result<Self> {
         let (hidden, r) = (spec.hidden_size, moe.routing);
         let (prefix, names) = names(loader, spec, index);
@@ -88,23 +96,24 @@ impl Experts {
                 Some(Shared::load(loader, hidden, shared, &prefix, precision)?)
             }
         };
+        let shape = BankShape {
+            names,
+            n_experts: r.n_experts,
+            hidden,
+            width: moe.intermediate_size,
+            format: precision.experts,
+        };
+        let moe_index = spec.moe_layers().take_while(|&(i, _)| i < index).count();
         Ok(Self {
             router: router(loader, format!("{prefix}.gate"), r.n_experts, hidden)?,
             correction_bias,
-            banks: Banks::load(
-                loader,
-                r.n_experts,
-                &names,
-                (hidden, moe.intermediate_size),
-                precision.experts,
-            )?,
+            routed: RoutedExperts::load(loader, &shape, r, layout, moe_index)?,
             shared,
-            routing: r,
-            width: moe.intermediate_size,
         })
     }
 
-    /// Adds the experts' weighted outputs for `x` `[n, hidden]` to `residual`.
+    /// Adds the experts' weighted outputs for `x` `[n, hidden]` to `residual`. Where not all are
+    /// here, the recording is cut before and after those that are.
     pub(super) fn record(
         &self,
         rec: &mut Recording,
@@ -115,7 +124,8 @@ impl Experts {
         residual: Tensor,
     ) {
         let n = x.rows();
-        let (ids, weights) = routed.rows(n, self.routing.top_k);
+        let routing = self.routed.routing;
+        let (ids, weights) = routed.rows(n, routing.top_k);
         let logits = buffers.rows(routed.logits, n);
         self.router.record(rec, "router", x, logits, Store::Set);
         rec.push(GroupedTopk {
@@ -124,19 +134,92 @@ impl Experts {
             tokens: inputs.tokens.reshape(&[n, 4]),
             ids,
             weights,
-            routing: self.routing,
+            routing,
         });
-        if few(n, &self.routing) {
-            self.record_few(rec, buffers, x, ids, weights, residual);
+        let Some(map) = self.routed.map else {
+            self.routed.record(rec, buffers, x, ids, weights, residual);
+            return self.record_shared(rec, inputs, buffers, x, residual);
+        };
+        let local_ids = buffers.local_ids.reshape(&[n, routing.top_k]);
+        rec.cut();
+        rec.push(MapExperts { ids, map, out: local_ids });
+        self.routed.record(rec, buffers, x, local_ids, weights, residual);
+        if self.routed.is_shared_out {
+            // While the others compute.
+            self.record_shared(rec, inputs, buffers, x, residual);
+            rec.cut();
+            let (x, ids) = (buffers.rows(buffers.partial, n), buffers.rows(buffers.one_slot, n));
+            rec.push(CombineExperts { x, ids, out: residual });
         } else {
-            self.record_many(rec, buffers, x, ids, weights, residual);
+            // Not between the cuts: what stands there may run several times.
+            rec.cut();
+            self.record_shared(rec, inputs, buffers, x, residual);
         }
+    }
+
+    fn record_shared(
+        &self,
+        rec: &mut Recording,
+        inputs: &StepInputs,
+        buffers: &Buffers,
+        x: Tensor,
+        residual: Tensor,
+    ) {
         match &self.shared {
             None => {}
             Some(Shared::Plain(mlp, width)) => mlp.record(rec, x, residual, buffers, *width),
             Some(Shared::Gated(gated)) => {
                 gated.record(rec, inputs, buffers, buffers.shared_gate, x, residual);
             }
+        }
+    }
+}
+
+impl RoutedExperts {
+    /// Loads what `layout` says of layer `moe_index` among those that have experts.
+    pub(super) fn load(
+        loader: &mut Loader<'_>,
+        shape: &BankShape,
+        routing: Routing,
+        layout: &ExpertLayout,
+        moe_index: usize,
+    ) -> Result<Self> {
+        let all = || (0..shape.n_experts).collect::<Vec<_>>();
+        let (held, map) = match layout {
+            ExpertLayout::All => (all(), None),
+            ExpertLayout::Share(owners, rank) => {
+                let owners = &owners[moe_index];
+                let (cols, map) = owners.map(*rank);
+                let map = loader.table("expert map", &[routing.n_experts, cols], &map)?;
+                (owners.held(*rank).to_vec(), Some(map))
+            }
+        };
+        Ok(Self {
+            banks: shape.load(loader, &held)?,
+            routing,
+            width: shape.width,
+            n_held: held.len(),
+            map,
+            is_shared_out: matches!(layout, ExpertLayout::Share(..)),
+        })
+    }
+
+    /// Adds the weighted outputs of the experts that are here for `x` `[n, hidden]` to `out`.
+    /// `ids` are places in the banks, -1 where an expert is elsewhere.
+    pub(super) fn record(
+        &self,
+        rec: &mut Recording,
+        buffers: &Buffers,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        out: Tensor,
+    ) {
+        if self.n_held == 0 {
+        } else if few(x.rows(), &self.routing) {
+            self.record_few(rec, buffers, x, ids, weights, out);
+        } else {
+            self.record_many(rec, buffers, x, ids, weights, out);
         }
     }
 
@@ -189,13 +272,15 @@ impl Experts {
         residual: Tensor,
     ) {
         let (n_slots, n_experts) = (ids.len(), self.routing.n_experts);
+        let n_held = self.n_held;
         let (both, inner) = buffers.gated(n_slots, self.width);
         let out = buffers.rows(buffers.slots_hidden, n_slots);
         let format = self.banks.gate_up[0].1.format;
         let block_size = ExpertGemm::block_size(rec.caps(), format, x.dtype, n_slots, n_experts);
         let aligned: Aligned = buffers.aligned.expect("allocated for models with experts");
-        let aligned = aligned.reshape(AlignShape { n_entries: n_slots, n_experts, block_size });
-        align_experts(rec, ids, n_experts, block_size, &aligned);
+        let aligned =
+            aligned.reshape(AlignShape { n_entries: n_slots, n_experts: n_held, block_size });
+        align_experts(rec, ids, n_held, block_size, &aligned);
         let gemm = |label, first_expert, bank, x, divide, weights, out| ExpertGemm {
             label,
             bank,
@@ -221,77 +306,6 @@ impl Experts {
     }
 }
 
-/// How a checkpoint spells the weights of experts; each variant has a prefix.
-enum ExpertNames {
-    /// Tensors of one expert after another; gate, up and down projection.
-    Each(String, [&'static str; 3]),
-    /// `gate_up_proj` `[experts, 2 * width, hidden]` and `down_proj` `[experts, hidden, width]`.
-    Fused(String),
-    /// Tensors of a single expert without a number.
-    Single(String),
-}
-
-/// Prefix of a layer's mixture and the names of its experts. transformers v5 keeps experts fused
-/// and saves them so if asked (`save_original_format=False`), below `mlp` in every architecture.
-fn names(loader: &Loader<'_>, spec: &ModelSpec, index: usize) -> (String, ExpertNames) {
-    let (layer, projections) = (format!("model.layers.{index}"), spec.names.expert);
-    let (fused, each) = (format!("{layer}.mlp"), format!("{layer}.{}", spec.names.moe));
-    let first = format!("{each}.experts.0.{}.weight", projections[0]);
-    if loader.contains(&format!("{fused}.experts.gate_up_proj")) && !loader.contains(&first) {
-        let names = ExpertNames::Fused(format!("{fused}.experts"));
-        return (fused, names);
-    }
-    let names = ExpertNames::Each(format!("{each}.experts"), projections);
-    (each, names)
-}
-
-impl ExpertNames {
-    /// Gate rows above up rows.
-    fn gate_up(&self, n_experts: usize, expert: usize, width: usize) -> Vec<Rows> {
-        let all = |name| Rows::all(name, width);
-        let rows = match self {
-            Self::Each(prefix, [gate, up, _]) => {
-                [gate, up].map(|p| all(format!("{prefix}.{expert}.{p}")))
-            }
-            Self::Single(prefix) => ["gate_proj", "up_proj"].map(|p| all(format!("{prefix}.{p}"))),
-            Self::Fused(prefix) => [0, width].map(|first| {
-                let fused = Fused { shape: [n_experts, 2 * width], expert, first };
-                Rows::fused(format!("{prefix}.gate_up_proj"), width, fused)
-            }),
-        };
-        rows.to_vec()
-    }
-
-    fn down(&self, n_experts: usize, expert: usize, hidden: usize) -> Rows {
-        match self {
-            Self::Each(prefix, [.., down]) => {
-                Rows::all(format!("{prefix}.{expert}.{down}"), hidden)
-            }
-            Self::Single(prefix) => Rows::all(format!("{prefix}.down_proj"), hidden),
-            Self::Fused(prefix) => {
-                let fused = Fused { shape: [n_experts, hidden], expert, first: 0 };
-                Rows::fused(format!("{prefix}.down_proj"), hidden, fused)
-            }
-        }
-    }
-}
-
-impl Banks {
-    fn load(
-        loader: &mut Loader<'_>,
-        n_experts: usize,
-        names: &ExpertNames,
-        (hidden, width): (usize, usize),
-        format: WeightFormat,
-    ) -> Result<Self> {
-        let rows = |e| names.gate_up(n_experts, e, width);
-        let gate_up = loader.banks(n_experts, rows, Cols::all(hidden), format)?;
-        let rows = |e| vec![names.down(n_experts, e, hidden)];
-        let down = loader.banks(n_experts, rows, Cols::all(width), format)?;
-        Ok(Self { gate_up, down })
-    }
-}
-
 impl Shared {
     fn load(
         loader: &mut Loader<'_>,
@@ -305,23 +319,27 @@ impl Shared {
             let mlp = Mlp::load(loader, prefix, hidden, width, precision.rest)?;
             return Ok(Self::Plain(mlp, width));
         }
-        let names = ExpertNames::Single(prefix.to_owned());
-        let sizes = (hidden, width);
+        let routing = Routing {
+            scoring: Scoring::Sigmoid,
+            n_experts: 1,
+            top_k: 1,
+            n_group: 1,
+            topk_group: 1,
+            renormalize: false,
+            scale: 1.0,
+        };
+        let shape = BankShape {
+            names: ExpertNames::Single(prefix.to_owned()),
+            n_experts: 1,
+            hidden,
+            width,
+            format: precision.rest,
+        };
         Ok(Self::Gated(Box::new(Experts {
             router: router(loader, format!("{prefix}_gate"), 1, hidden)?,
             correction_bias: None,
-            banks: Banks::load(loader, 1, &names, sizes, precision.rest)?,
+            routed: RoutedExperts::load(loader, &shape, routing, &ExpertLayout::All, 0)?,
             shared: None,
-            routing: Routing {
-                scoring: Scoring::Sigmoid,
-                n_experts: 1,
-                top_k: 1,
-                n_group: 1,
-                topk_group: 1,
-                renormalize: false,
-                scale: 1.0,
-            },
-            width,
         })))
     }
 }
@@ -334,69 +352,4 @@ fn router(
     hidden: usize,
 ) -> Result<Linear> {
     loader.linear(&[Rows::all(name, n_experts)], Cols::all(hidden), WeightFormat::F32, false)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{device::Device, model::arch, weights::MemorySource};
-
-    const SIZES: (usize, usize, usize) = (3, 5, 7); // Experts, hidden, width.
-
-    /// `f(expert, row, col)` for `rows` of some experts.
-    fn values(experts: &[usize], rows: usize, cols: usize, first: usize) -> Vec<f32> {
-        let of = |e| (first..first + rows).flat_map(move |r| (0..cols).map(move |c| (e, r, c)));
-        experts.iter().flat_map(|&e| of(e)).map(|(e, r, c)| (e * 400 + r * 20 + c) as f32).collect()
-    }
-
-    /// Bytes of the banks that load from `source`, gate and up before down.
-    fn banks(source: &MemorySource) -> Vec<Vec<u8>> {
-        let (n_experts, hidden, width) = SIZES;
-        let config = serde_json::json!({
-            "model_type": "mixtral", "vocab_size": 8, "hidden_size": hidden, "head_dim": 2,
-            "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": width,
-            "num_local_experts": n_experts, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 64,
-        });
-        let spec = arch::parse(&config).unwrap();
-        let mut device = Device::cpu();
-        let (_, moe) = spec.moe_layers().next().unwrap();
-        let mut loader = Loader::new(source, &mut device, &|_| {});
-        let precision = Precision::of(WeightFormat::F32);
-        let Experts { banks, .. } = Experts::load(&mut loader, &spec, moe, 0, precision).unwrap();
-        let all = banks.gate_up.iter().chain(&banks.down);
-        all.map(|(_, bank)| device.read_now(&bank.weights).unwrap()).collect()
-    }
-
-    #[test]
-    fn fused_experts_load_like_single_ones() {
-        let (n_experts, hidden, width) = SIZES;
-        let (mut each, mut fused) = (MemorySource::new(), MemorySource::new());
-        let insert = |source: &mut MemorySource, name: &str, shape: &[usize], values: &[f32]| {
-            source.insert_f32(&format!("model.layers.0.{name}"), shape, values).unwrap();
-        };
-        let gate = vec![1.0; n_experts * hidden];
-        insert(&mut each, "block_sparse_moe.gate.weight", &[n_experts, hidden], &gate);
-        insert(&mut fused, "mlp.gate.weight", &[n_experts, hidden], &gate);
-        for e in 0..n_experts {
-            let tensors = [
-                ("w1", [width, hidden], values(&[e], width, hidden, 0)),
-                ("w3", [width, hidden], values(&[e], width, hidden, width)),
-                ("w2", [hidden, width], values(&[e], hidden, width, 0)),
-            ];
-            for (name, shape, values) in tensors {
-                let name = format!("block_sparse_moe.experts.{e}.{name}.weight");
-                insert(&mut each, &name, &shape, &values);
-            }
-        }
-        let all: Vec<usize> = (0..n_experts).collect();
-        let gate_up = values(&all, 2 * width, hidden, 0);
-        let down = values(&all, hidden, width, 0);
-        let shape = [n_experts, 2 * width, hidden];
-        insert(&mut fused, "mlp.experts.gate_up_proj", &shape, &gate_up);
-        insert(&mut fused, "mlp.experts.down_proj", &[n_experts, hidden, width], &down);
-        let expected = banks(&each);
-        assert!(expected.iter().flatten().any(|&byte| byte != 0));
-        assert_eq!(banks(&fused), expected);
-    }
 }

@@ -195,6 +195,15 @@ impl<'a> Loader<'a> {
         })
     }
 
+    /// A table that the host writes.
+    pub(super) fn table(&mut self, what: &str, shape: &[usize], values: &[i32]) -> Result<Tensor> {
+        let tensor = self.alloc(what, shape, DType::I32)?;
+        if let Target::Device(_, device) = &mut self.target {
+            device.write(&tensor, values);
+        }
+        Ok(tensor)
+    }
+
     /// A vector of f32 `[padded(sum of lengths)]`: tensors one after another.
     pub(super) fn vector(&mut self, parts: &[(String, usize, Option<Heads>)]) -> Result<Tensor> {
         let length = |n: usize, heads: Option<Heads>| heads.map_or(n, |h| n / h.dim * h.stride);
@@ -240,31 +249,55 @@ impl<'a> Loader<'a> {
         Ok(Linear { parts })
     }
 
-    /// A bank per group of experts that fits a binding: (first expert, matrices).
+    /// A bank per group of `experts` that fits a binding: (place of its first, matrices).
     pub(super) fn banks(
         &mut self,
-        n_experts: usize,
+        experts: &[usize],
         rows: impl Fn(usize) -> Vec<Rows>,
         cols: Cols,
         format: WeightFormat,
     ) -> Result<Vec<(usize, Matrix)>> {
-        let first_rows = rows(0);
-        let total = padded(first_rows.iter().map(|r| r.stacked).sum());
-        let expert_bytes = total * format.bytes_per_row(cols.stacked());
-        let most = (self.max_binding() / expert_bytes.max(1)).min(n_experts);
-        if most == 0 {
-            return Err(self.too_large(&first_rows[0].name, expert_bytes));
-        }
-        let mut banks = Vec::new();
-        for first in (0..n_experts).step_by(most) {
-            let n = most.min(n_experts - first);
-            let matrix = self.matrix(&first_rows[0].name, n, total, cols, format)?;
-            for expert in 0..n {
-                self.fill(&matrix, expert, &rows(first + expert), 0..total, cols)?;
-            }
-            banks.push((first, matrix));
-        }
+        let banks = self.empty_banks(experts.len(), &rows(0), cols, format)?;
+        self.fill_banks(&banks, experts, rows, cols)?;
         Ok(banks)
+    }
+
+    /// Banks with room for `n_experts` experts whose rows are as those of `stack`.
+    fn empty_banks(
+        &mut self,
+        n_experts: usize,
+        stack: &[Rows],
+        cols: Cols,
+        format: WeightFormat,
+    ) -> Result<Vec<(usize, Matrix)>> {
+        let total = padded(stack.iter().map(|r| r.stacked).sum());
+        let expert_bytes = total * format.bytes_per_row(cols.stacked());
+        let most = (self.max_binding() / expert_bytes.max(1)).min(n_experts.max(1));
+        if most == 0 {
+            return Err(self.too_large(&stack[0].name, expert_bytes));
+        }
+        let firsts = (0..n_experts).step_by(most);
+        firsts
+            .map(|first| {
+                let n = most.min(n_experts - first);
+                Ok((first, self.matrix(&stack[0].name, n, total, cols, format)?))
+            })
+            .collect()
+    }
+
+    fn fill_banks(
+        &mut self,
+        banks: &[(usize, Matrix)],
+        experts: &[usize],
+        rows: impl Fn(usize) -> Vec<Rows>,
+        cols: Cols,
+    ) -> Result<()> {
+        for (first, matrix) in banks {
+            for place in 0..matrix.n_experts {
+                self.fill(matrix, place, &rows(experts[first + place]), 0..matrix.rows, cols)?;
+            }
+        }
+        Ok(())
     }
 
     fn max_binding(&self) -> usize {

@@ -3,6 +3,7 @@
 
 pub mod arch;
 mod attention;
+mod banks;
 mod config;
 mod experts;
 mod kv_cache;
@@ -11,6 +12,7 @@ mod loader;
 mod mlp;
 mod rope;
 mod scratch;
+mod shard;
 mod spec;
 mod transformer;
 
@@ -18,6 +20,7 @@ pub use kv_cache::KvCache;
 pub use loader::Precision;
 pub use rope::RopeScaling;
 pub use scratch::{Limits, Scratch, StepInputs, StepShape};
+pub use shard::ExpertShard;
 pub use spec::{AttentionSpec, FfnSpec, LayerSpec, ModelSpec, MoeSpec, Names, SharedSpec};
 pub use transformer::Model;
 

@@ -107,6 +107,12 @@ pub(super) struct Buffers {
     pub(super) slots_hidden: Tensor,
     /// Sorted tokens of the aligned regime.
     pub(super) aligned: Option<Aligned>,
+    /// Chosen experts by their places on this device. I32 `[max_tokens * top_k]`
+    pub(super) local_ids: Tensor,
+    /// Sums of experts that other devices hold. F32 `[max_tokens, hidden]`
+    pub(super) partial: Tensor,
+    /// Zeros: one slot for each row, which holds something. I32 `[max_tokens, 1]`
+    pub(super) one_slot: Tensor,
     /// Router of the shared expert's gate.
     pub(super) shared_gate: Routed,
     /// Router outputs by layer; dense layers have none.
@@ -262,7 +268,7 @@ impl Scratch {
 }
 
 impl Buffers {
-    fn alloc(
+    pub(super) fn alloc(
         device: &mut dyn Allocate,
         spec: &ModelSpec,
         limits: &Limits,
@@ -312,6 +318,9 @@ impl Buffers {
             both: alloc("gate and up", 2 * widths.inner, act)?,
             inner: alloc("gated", widths.inner, act)?,
             slots_hidden: device.alloc("expert outputs", &[slots, hidden], act)?,
+            local_ids: device.alloc("local expert ids", &[slots], DType::I32)?,
+            partial: device.alloc("partial sums", &[n, hidden], DType::F32)?,
+            one_slot: device.alloc("one slot", &[n, 1], DType::I32)?,
             aligned,
             shared_gate,
             routed,

@@ -4,6 +4,7 @@ use crate::{
     Result,
     device::{Allocate, DType, Device, Recording, Tally, Tensor},
     kernels::{CountExperts, Embed, Logprobs, RmsNorm, Routing, Sample, Store},
+    parallel::{ExpertLayout, Handoff},
     weights::Source,
 };
 
@@ -61,14 +62,31 @@ impl Model {
         n_positions: usize,
         progress: &dyn Fn(u64),
     ) -> Result<Self> {
+        let all = ExpertLayout::All;
+        Self::load_part(spec, source, device, precision, n_positions, &all, progress)
+    }
+
+    /// [`Model::load`] with the experts that `layout` says; only those are read.
+    ///
+    /// # Errors
+    /// Those of [`Model::load`].
+    pub fn load_part(
+        spec: ModelSpec,
+        source: &dyn Source,
+        device: &mut Device,
+        precision: Precision,
+        n_positions: usize,
+        layout: &ExpertLayout,
+        progress: &dyn Fn(u64),
+    ) -> Result<Self> {
         let a = &spec.attention;
         let rope = device.alloc("rope table", &[n_positions, a.rotary_dim], DType::F32)?;
         device.write(&rope, &rope_table(n_positions, a.rotary_dim, a.rope_theta, &a.rope_scaling));
         let mut loader = Loader::new(source, device, progress);
-        Self::build(spec, precision, rope, &mut loader)
+        Self::build(spec, precision, rope, &mut loader, layout)
     }
 
-    /// Adds up what [`Model::load`] would allocate.
+    /// Adds up what [`Model::load_part`] would allocate.
     ///
     /// # Errors
     /// [`crate::device::DeviceError::TooLarge`] if a piece exceeds every binding.
@@ -76,11 +94,12 @@ impl Model {
         spec: &ModelSpec,
         precision: Precision,
         n_positions: usize,
+        layout: &ExpertLayout,
         tally: &mut Tally,
     ) -> Result<()> {
         let shape = [n_positions, spec.attention.rotary_dim];
         let rope = tally.alloc("rope table", &shape, DType::F32)?;
-        Self::build(spec.clone(), precision, rope, &mut Loader::counting(tally))?;
+        Self::build(spec.clone(), precision, rope, &mut Loader::counting(tally), layout)?;
         Ok(())
     }
 
@@ -89,6 +108,7 @@ impl Model {
         precision: Precision,
         rope: Tensor,
         loader: &mut Loader<'_>,
+        layout: &ExpertLayout,
     ) -> Result<Self> {
         let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
         let mut table = |name: &str| {
@@ -101,7 +121,7 @@ impl Model {
             false => table("lm_head")?,
         };
         let layers = (0..spec.layers.len())
-            .map(|i| Layer::load(loader, &spec, i, precision))
+            .map(|i| Layer::load(loader, &spec, i, precision, layout))
             .collect::<Result<_>>()?;
         let norm = loader.vector(&[("model.norm.weight".to_owned(), hidden, None)])?;
         Ok(Self { spec, precision, embedding, layers, norm, lm_head, rope })
@@ -240,6 +260,14 @@ impl Scratch {
         }
     }
 
+    /// What lies between router and experts of each layer that has some, in a step of `n` tokens.
+    pub(crate) fn handoffs(&self, spec: &ModelSpec, n: usize) -> Vec<Handoff> {
+        let (x, partial) = (self.buffers.normed, self.buffers.partial);
+        let (x, partial) = (self.buffers.rows(x, n), self.buffers.rows(partial, n));
+        let routed = self.routed(spec, n).into_iter().flatten().enumerate();
+        routed.map(|(layer, (ids, weights))| Handoff { layer, x, ids, weights, partial }).collect()
+    }
+
     /// Expert ids I32 and weights F32 `[n, top_k]` that the last step of `n` tokens chose, by
     /// layer; dense layers have none.
     pub fn routed(&self, spec: &ModelSpec, n: usize) -> Vec<Option<(Tensor, Tensor)>> {
@@ -259,6 +287,7 @@ impl Layer {
         spec: &ModelSpec,
         index: usize,
         precision: Precision,
+        layout: &ExpertLayout,
     ) -> Result<Self> {
         let prefix = format!("model.layers.{index}");
         let hidden = spec.hidden_size;
@@ -273,7 +302,7 @@ impl Layer {
                 Ffn::Dense(Mlp::load(loader, &prefix, hidden, *width, precision.rest)?, *width)
             }
             FfnSpec::Moe(moe) => {
-                Ffn::Moe(Box::new(Experts::load(loader, spec, moe, index, precision)?))
+                Ffn::Moe(Box::new(Experts::load(loader, spec, moe, index, precision, layout)?))
             }
         };
         Ok(Self { input_norm, attention, post_norm, ffn })

@@ -3,10 +3,12 @@
 //! recordings nor requests.
 
 mod balance;
+mod exchange;
 mod owners;
 mod placement;
 
 pub use balance::{Cluster, balancedness, is_improvement, preserve_slots, rebalance, replicate};
+pub use exchange::{Exchange, ExchangeStats, Handoff, Own, Rows, Sharded, Worker};
 pub use owners::{ExpertLayout, Owners};
 pub use placement::{Placement, Rank};
 
@@ -35,5 +37,13 @@ pub enum ParallelError {
         n_experts: usize,
         /// Slots of all devices.
         n_slots: usize,
+    },
+    /// A device that computes experts for another one failed.
+    #[error("device {rank}, which holds some of the experts, failed: {cause}")]
+    Worker {
+        /// Which one; 0 is the primary.
+        rank: usize,
+        /// What it said.
+        cause: String,
     },
 }

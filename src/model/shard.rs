@@ -1,0 +1,112 @@
+//! Experts on a device that has nothing else of the model: it computes them for the rows that the
+//! primary device sends.
+
+use std::collections::HashMap;
+
+use crate::{
+    Result,
+    device::{Device, Plan, Readback, Recording},
+    parallel::{ExpertLayout, Owners, Rows, Worker},
+    weights::Source,
+};
+
+use super::{
+    Limits, ModelSpec, Precision,
+    banks::{BankShape, names},
+    experts::RoutedExperts,
+    loader::Loader,
+    scratch::Buffers,
+};
+
+/// The experts of one rank, with the memory to compute them.
+#[derive(Debug)]
+pub struct ExpertShard {
+    device: Device,
+    spec: ModelSpec,
+    /// By layer that has experts.
+    layers: Vec<RoutedExperts>,
+    buffers: Buffers,
+    /// By layer and number of rows.
+    plans: HashMap<(usize, usize), Plan>,
+    /// Sums on their way.
+    pending: Option<Readback>,
+}
+
+impl ExpertShard {
+    /// Loads the experts of `rank` from `source`, and no others, for steps up to `limits`.
+    ///
+    /// # Errors
+    /// [`crate::weights::WeightsError`] for missing or misshapen tensors,
+    /// [`crate::device::DeviceError`] where they do not fit.
+    pub fn load(
+        mut device: Device,
+        spec: &ModelSpec,
+        source: &dyn Source,
+        precision: Precision,
+        limits: &Limits,
+        (owners, rank): (&[Owners], usize),
+    ) -> Result<Self> {
+        let limits = Limits { max_logits: 1, ..*limits };
+        let buffers = Buffers::alloc(&mut device, spec, &limits, precision.activations)?;
+        let layout = ExpertLayout::Share(owners.to_vec(), rank);
+        let mut loader = Loader::new(source, &mut device, &|_| {});
+        let mut layers = Vec::new();
+        for (moe_index, (index, moe)) in spec.moe_layers().enumerate() {
+            let shape = BankShape {
+                names: names(&loader, spec, index).1,
+                n_experts: moe.routing.n_experts,
+                hidden: spec.hidden_size,
+                width: moe.intermediate_size,
+                format: precision.experts,
+            };
+            let layer = RoutedExperts::load(&mut loader, &shape, moe.routing, &layout, moe_index)?;
+            layers.push(layer);
+        }
+        let (spec, plans) = (spec.clone(), HashMap::new());
+        Ok(Self { device, spec, layers, buffers, plans, pending: None })
+    }
+}
+
+impl Worker for ExpertShard {
+    fn submit(&mut self, layer: usize, rows: &Rows<'_>) -> Result<()> {
+        // Few shapes, few plans.
+        let n = rows.n.next_power_of_two().min(self.buffers.normed.rows());
+        let moe = self.spec.moe_layers().nth(layer).map(|(_, moe)| moe.routing);
+        let top_k = moe.map_or(1, |routing| routing.top_k);
+        let (x, sums) = (
+            self.buffers.rows(self.buffers.normed, n),
+            self.buffers.rows(self.buffers.residual, n),
+        );
+        let routed = self.buffers.routed.iter().flatten().nth(layer);
+        let (ids, weights) = routed.expect("buffers come from the same spec").rows(n, top_k);
+        self.device.write_at(&x, 0, rows.x);
+        let mut padded = rows.ids.to_vec();
+        padded.resize(n * top_k, -1);
+        self.device.write(&ids, &padded);
+        self.device.write(&weights, rows.weights);
+        if !self.plans.contains_key(&(layer, n)) {
+            let mut rec = Recording::new(&self.device.caps());
+            rec.clear(sums);
+            self.layers[layer].record(&mut rec, &self.buffers, x, ids, weights, sums);
+            self.plans.insert((layer, n), self.device.prepare(rec)?);
+        }
+        let plan = &self.plans[&(layer, n)];
+        let all = 0..plan.recording().dispatches.len();
+        let wanted = sums.reshape(&[rows.n, sums.cols()]);
+        self.pending = Some(self.device.submit(plan, all, &[wanted])?);
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<Vec<f32>> {
+        let Some(sums) = self.pending.take() else { return Ok(Vec::new()) };
+        Ok(bytemuck::pod_collect_to_vec(&sums.wait_now()?))
+    }
+
+    fn blocks(&self) -> bool {
+        matches!(self.device, Device::Cpu(_))
+    }
+
+    fn describe(&self) -> String {
+        self.device.describe()
+    }
+}

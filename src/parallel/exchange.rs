@@ -1,0 +1,223 @@
+//! What happens between a layer's router and the sum of its experts where they are not all on the
+//! primary device: activations go to the owners of the chosen experts and partial sums come back.
+//! Knows devices and ranks; what a rank computes with is behind [`Worker`].
+
+use std::{fmt, time::Duration};
+
+use web_time::Instant;
+
+use crate::{
+    Result,
+    device::{Device, Readback, Tensor},
+};
+
+use super::{Owners, ParallelError};
+
+/// A layer between its router and its experts, on the primary device.
+#[derive(Debug, Clone, Copy)]
+pub struct Handoff {
+    /// Index among the layers that have experts.
+    pub layer: usize,
+    /// Input of the experts. F32 or F16 `[n, padded hidden]`
+    pub x: Tensor,
+    /// Chosen experts, -1 where a row is padding. I32 `[n, top_k]`
+    pub ids: Tensor,
+    /// Their weights. F32 `[n, top_k]`
+    pub weights: Tensor,
+    /// Where the sums of other devices' experts go. F32 `[n, padded hidden]`
+    pub partial: Tensor,
+}
+
+/// Submits the experts that the primary device holds, and adds them to its residual stream.
+pub type Own<'a> = dyn FnMut(&mut Device) -> Result<()> + 'a;
+
+/// Takes over between the router of a layer and the sum of its experts.
+pub trait Exchange: fmt::Debug + Send {
+    /// What the host must see of the layer.
+    fn reads(&self, at: &Handoff) -> Vec<Tensor>;
+
+    /// Sees to it that each chosen expert is computed once: those of the primary device by `own`,
+    /// all others in `at.partial`. `seen` brings what [`Exchange::reads`] asked for.
+    ///
+    /// # Errors
+    /// [`crate::device::DeviceError`], [`ParallelError::Worker`].
+    fn run(
+        &mut self,
+        device: &mut Device,
+        at: &Handoff,
+        seen: Readback,
+        own: &mut Own<'_>,
+    ) -> Result<()>;
+
+    /// What it has done so far.
+    fn stats(&self) -> ExchangeStats;
+}
+
+/// Traffic since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ExchangeStats {
+    /// Layers exchanged.
+    pub rounds: u64,
+    /// Other devices visited, over all rounds.
+    pub visits: u64,
+    /// Bytes of activations sent to other devices.
+    pub bytes_sent: u64,
+    /// Bytes of partial sums that came back.
+    pub bytes_received: u64,
+    /// Time that the host waited for devices.
+    pub waited: Duration,
+}
+
+/// Rows that a worker computes.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    /// Input of the experts, in the primary's activation type. `[n, padded hidden]`
+    pub x: &'a [u8],
+    /// Local ids of the worker's experts, -1 where another device's is chosen. `[n, top_k]`
+    pub ids: &'a [i32],
+    /// `[n, top_k]`
+    pub weights: &'a [f32],
+    /// Number of rows.
+    pub n: usize,
+}
+
+/// A rank other than the primary: holds experts and computes them for rows that are sent.
+pub trait Worker: fmt::Debug + Send {
+    /// Starts on rows of a layer.
+    ///
+    /// # Errors
+    /// Those of its device, or of the way there.
+    fn submit(&mut self, layer: usize, rows: &Rows<'_>) -> Result<()>;
+
+    /// Weighted sums of the experts of the rows submitted last. `[n, padded hidden]`
+    ///
+    /// # Errors
+    /// Those of its device, or of the way there.
+    fn finish(&mut self) -> Result<Vec<f32>>;
+
+    /// Whether [`Worker::submit`] only returns when all is computed; such workers go last.
+    fn blocks(&self) -> bool {
+        false
+    }
+
+    /// Name for people.
+    fn describe(&self) -> String;
+}
+
+/// Experts spread over the primary device and workers; each is visited only where one of its
+/// experts is chosen, and partial sums are added in the order of ranks.
+#[derive(Debug)]
+pub struct Sharded {
+    /// Ranks from 1 on.
+    workers: Vec<Box<dyn Worker>>,
+    /// By layer that has experts.
+    owners: Vec<Owners>,
+    stats: ExchangeStats,
+}
+
+/// Rows of one rank on their way.
+#[derive(Debug, Default)]
+struct Visit {
+    rank: usize,
+    /// Rows of the step. `[n]`
+    tokens: Vec<usize>,
+    /// `[n, top_k]`
+    ids: Vec<i32>,
+    /// `[n, top_k]`
+    weights: Vec<f32>,
+    /// `[n, padded hidden]`
+    x: Vec<u8>,
+}
+
+impl Sharded {
+    /// Workers of ranks 1, 2, ..., and who owns which experts by layer that has some.
+    pub fn new(workers: Vec<Box<dyn Worker>>, owners: Vec<Owners>) -> Self {
+        Self { workers, owners, stats: ExchangeStats::default() }
+    }
+
+    /// What each rank gets of a layer; ranks that own no chosen expert are left out.
+    fn visits(&self, layer: usize, top_k: usize, x: &[u8], ids: &[i32], w: &[f32]) -> Vec<Visit> {
+        let owners = &self.owners[layer];
+        let mut visits: Vec<Visit> =
+            (1..=self.workers.len()).map(|rank| Visit { rank, ..Visit::default() }).collect();
+        let row_bytes = x.len() * top_k / ids.len().max(1);
+        for (token, chosen) in ids.chunks(top_k).enumerate() {
+            for (j, place) in chosen.iter().map(|&id| owners.of(token, id)).enumerate() {
+                let Some((rank, local)) = place.filter(|place| place.0 > 0) else { continue };
+                let visit = &mut visits[rank - 1];
+                if visit.tokens.last() != Some(&token) {
+                    visit.tokens.push(token);
+                    visit.ids.resize(visit.ids.len() + top_k, -1);
+                    visit.weights.extend(&w[token * top_k..][..top_k]);
+                    visit.x.extend(&x[token * row_bytes..][..row_bytes]);
+                }
+                let row = visit.ids.len() - top_k;
+                visit.ids[row + j] = local as i32;
+            }
+        }
+        visits.retain(|visit| !visit.tokens.is_empty());
+        visits
+    }
+}
+
+impl Exchange for Sharded {
+    fn reads(&self, at: &Handoff) -> Vec<Tensor> {
+        vec![at.x, at.ids, at.weights]
+    }
+
+    fn run(
+        &mut self,
+        device: &mut Device,
+        at: &Handoff,
+        seen: Readback,
+        own: &mut Own<'_>,
+    ) -> Result<()> {
+        // The primary computes while the others are sent to.
+        own(device)?;
+        let start = Instant::now();
+        let bytes = seen.wait_now()?;
+        self.stats.waited += start.elapsed();
+        let (x, rest) = bytes.split_at(at.x.bytes().next_multiple_of(4) as usize);
+        let (ids, weights) = rest.split_at(at.ids.bytes() as usize);
+        let ids: Vec<i32> = bytemuck::pod_collect_to_vec(ids);
+        let weights: Vec<f32> = bytemuck::pod_collect_to_vec(weights);
+        let x = &x[..at.x.bytes() as usize];
+        let visits = self.visits(at.layer, at.ids.cols(), x, &ids, &weights);
+        for last in [false, true] {
+            for visit in &visits {
+                let worker = &mut self.workers[visit.rank - 1];
+                if worker.blocks() == last {
+                    let Visit { ids, weights, x, .. } = visit;
+                    let rows = Rows { x, ids, weights, n: visit.tokens.len() };
+                    worker.submit(at.layer, &rows).map_err(|e| failed(visit.rank, &e))?;
+                    self.stats.bytes_sent += (x.len() + 8 * ids.len()) as u64;
+                }
+            }
+        }
+        let cols = at.partial.cols();
+        let mut sums = vec![0.0f32; at.partial.len()];
+        for visit in &visits {
+            let start = Instant::now();
+            let worker = &mut self.workers[visit.rank - 1];
+            let part = worker.finish().map_err(|e| failed(visit.rank, &e))?;
+            self.stats.waited += start.elapsed();
+            self.stats.bytes_received += 4 * part.len() as u64;
+            for (&token, part) in visit.tokens.iter().zip(part.chunks(cols)) {
+                let sum = &mut sums[token * cols..][..cols];
+                sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+            }
+        }
+        device.write(&at.partial, &sums);
+        self.stats.rounds += 1;
+        self.stats.visits += visits.len() as u64;
+        Ok(())
+    }
+
+    fn stats(&self) -> ExchangeStats {
+        self.stats
+    }
+}
+
+fn failed(rank: usize, error: &crate::Error) -> ParallelError {
+    ParallelError::Worker { rank, cause: error.to_string() }
+}

@@ -1,0 +1,148 @@
+//! Experts on several devices give what one device gives: the same greedy tokens, and logits that
+//! differ by the order of f32 sums at most. Devices are logical ones on the CPU and the adapter.
+
+use std::path::Path;
+
+use moewe::{
+    device::DeviceChoice,
+    engine::{Batch, BatchSequence, LogitRows, SamplingParams},
+    llm::{ExpertPlacement, Llm, LlmOptions},
+    parallel::ExchangeStats,
+    weights::WeightFormat,
+};
+
+use crate::checkpoints::{GPU, golden, gull, options};
+
+const CPU: DeviceChoice = DeviceChoice::Cpu;
+const F32: WeightFormat = WeightFormat::F32;
+
+/// A model whose experts are on these devices.
+fn spread(dir: &Path, devices: &[DeviceChoice], placement: ExpertPlacement) -> Llm {
+    let options = LlmOptions {
+        text: false,
+        max_model_len: Some(128),
+        max_num_seqs: 4,
+        expert_devices: devices[1..].to_vec(),
+        expert_placement: placement,
+        ..options(dir, devices[0].clone(), F32)
+    };
+    Llm::open(options).unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
+}
+
+fn prompt(llm: &mut Llm, n: usize) -> Vec<u32> {
+    let vocab = llm.engine.runner().model().spec.vocab_size;
+    (0..n).map(|i| ((i * 37 + 11) % vocab) as u32).collect()
+}
+
+/// Logits of a prompt in one step, then of one more token by itself. `[n + 1][vocabulary]`
+fn logits(llm: &mut Llm, n: usize) -> Vec<Vec<f32>> {
+    let tokens = prompt(llm, n + 1);
+    let runner = llm.engine.runner();
+    let blocks: Vec<u32> = (1..=(n + 1).div_ceil(16) as u32).collect();
+    let mut all = Vec::new();
+    for (position, tokens) in [(0, &tokens[..n]), (n, &tokens[n..])] {
+        let (logits, rest) = (LogitRows::All, BatchSequence::default());
+        let sequence = BatchSequence { tokens, position, blocks: &blocks, logits, ..rest };
+        runner.run(&Batch { sequences: vec![sequence] }, false).expect("the step runs");
+        all.extend(runner.logits(tokens.len()).expect("logits"));
+    }
+    all
+}
+
+fn greedy(llm: &mut Llm, n: usize) -> Vec<u32> {
+    let tokens = prompt(llm, 9);
+    let params =
+        SamplingParams { max_tokens: Some(n), ignore_eos: true, ..SamplingParams::greedy() };
+    let mut answer = Vec::new();
+    llm.engine.add(moewe::engine::Request::new(tokens, params)).expect("a valid request");
+    while llm.engine.is_busy() {
+        let outputs = llm.engine.step().expect("the step runs");
+        answer.extend(outputs.into_iter().filter_map(|output| output.token));
+    }
+    answer
+}
+
+fn worst(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let pairs = a.iter().flatten().zip(b.iter().flatten());
+    pairs.map(|(a, b)| (a - b).abs() / (1.0 + b.abs())).fold(0.0, f32::max)
+}
+
+fn traffic(llm: &mut Llm) -> ExchangeStats {
+    llm.engine.runner().exchange().expect("experts are elsewhere").stats()
+}
+
+/// Holds a model on `devices` against the same model on the first of them.
+fn check(dir: &Path, devices: &[DeviceChoice], placement: ExpertPlacement) {
+    let mut alone = spread(dir, &devices[..1], ExpertPlacement::Linear);
+    let mut shared = spread(dir, devices, placement.clone());
+    let what = format!("{}, {} devices, {placement:?}", dir.display(), devices.len());
+    let off = worst(&logits(&mut shared, 40), &logits(&mut alone, 40));
+    assert!(off < 1e-4, "{what}: logits are {off} off");
+    assert_eq!(greedy(&mut shared, 8), greedy(&mut alone, 8), "{what}");
+    let stats = traffic(&mut shared);
+    assert!(stats.visits > 0 && stats.bytes_received > 0, "{what}: nobody was visited");
+    assert!(stats.visits <= stats.rounds * (devices.len() as u64 - 1), "{what}: {stats:?}");
+}
+
+#[test]
+fn any_number_of_devices_computes_what_one_does() {
+    for name in ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe"] {
+        for n in [2, 3, 7] {
+            check(&golden(name), &vec![CPU; n], ExpertPlacement::Linear);
+        }
+        check(&golden(name), &vec![CPU; 4], ExpertPlacement::RoundRobin);
+        check(&golden(name), &[GPU, GPU, CPU], ExpertPlacement::RoundRobin);
+    }
+}
+
+#[test]
+fn the_default_model_is_the_same_on_logical_adapters() {
+    check(&gull(), &[GPU, GPU], ExpertPlacement::Linear);
+    check(&gull(), &[GPU, CPU, GPU, CPU], ExpertPlacement::RoundRobin);
+}
+
+#[test]
+fn experts_may_lie_anywhere_and_twice() {
+    let dir = golden("mixtral");
+    let n = spread(&dir, &[CPU], ExpertPlacement::Linear).engine.runner().model().spec.n_experts();
+    let all: Vec<usize> = (0..n).collect();
+    let (even, odd): (Vec<usize>, Vec<usize>) = all.iter().partition(|&&e| e % 2 == 0);
+    let backwards: Vec<usize> = all.iter().rev().copied().collect();
+    for held in [
+        [vec![], all.clone(), vec![]],
+        [all.clone(), backwards.clone(), all.clone()],
+        [odd.clone(), backwards, even.clone()],
+        [even, vec![], odd],
+    ] {
+        let json = serde_json::json!({ "layers": [held] }).to_string();
+        check(&dir, &[CPU, CPU, CPU], ExpertPlacement::Json(json));
+    }
+}
+
+#[test]
+fn each_device_reads_and_holds_its_share_only() {
+    let dir = gull();
+    let bytes = |llm: &mut Llm| llm.engine.runner().device().allocated_bytes();
+    let mut alone = spread(&dir, &[CPU], ExpertPlacement::Linear);
+    let mut shared = spread(&dir, &[CPU; 4], ExpertPlacement::Linear);
+    let (all, share) = (bytes(&mut alone), bytes(&mut shared));
+    assert!(share * 10 < all * 6, "the primary device holds {share} of {all} bytes");
+}
+
+#[test]
+fn impossible_placements_are_refused() {
+    let open = |json: &str| {
+        let placement = ExpertPlacement::Json(json.to_owned());
+        let options = LlmOptions {
+            text: false,
+            expert_devices: vec![CPU],
+            expert_placement: placement,
+            ..options(&golden("mixtral"), CPU, F32)
+        };
+        Llm::open(options).expect_err("an error").to_string()
+    };
+    assert!(open("{").contains("placement file"));
+    assert!(open(r#"{"layers": [[[0], [1]]]}"#).contains("leaves out"));
+    assert!(open(r#"{"layers": [[[0]]]}"#).contains("devices"));
+}
