@@ -71,7 +71,7 @@ async fn required_and_named_calls_are_made_whole_and_streamed() {
         let ask = |stream: bool| {
             hello(json!({
                 "tools": [weather(), now()], "tool_choice": choice, "parallel_tool_calls": false,
-                "stream": stream, "max_tokens": 80,
+                "stream": stream, "max_tokens": 300,
             }))
         };
         let whole = post_ok(CHAT, &ask(false)).await;
