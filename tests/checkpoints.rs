@@ -9,6 +9,7 @@ use std::{
 
 use moewe::{
     device::DeviceChoice,
+    engine::{Batch, BatchSequence, LogitRows},
     llm::{Llm, LlmOptions},
     weights::WeightFormat,
 };
@@ -41,6 +42,16 @@ pub(crate) fn options(dir: &Path, device: DeviceChoice, weights: WeightFormat) -
 
 pub(crate) fn open(dir: &Path, device: DeviceChoice, weights: WeightFormat) -> Llm {
     Llm::open(options(dir, device, weights)).unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
+}
+
+/// Logits of every position of a sequence, in one step. `[n][vocabulary]`
+pub(crate) fn logits(llm: &mut Llm, tokens: &[u32]) -> Vec<Vec<f32>> {
+    let runner = llm.engine.runner();
+    let blocks: Vec<u32> = (1..=tokens.len().div_ceil(16) as u32).collect();
+    let logits = LogitRows::All;
+    let sequence = BatchSequence { tokens, blocks: &blocks, logits, ..BatchSequence::default() };
+    runner.run(&Batch { sequences: vec![sequence] }, false).expect("the step runs");
+    runner.logits(tokens.len()).expect("logits")
 }
 
 /// A copy of a checkpoint that a test may spoil.

@@ -3,7 +3,7 @@
 
 use moewe::{
     device::{DeviceChoice, Tier},
-    engine::{Batch, BatchSequence, LogitRows, SamplingParams},
+    engine::SamplingParams,
     evaluate::perplexity,
     llm::{Llm, LlmOptions, LoadFormat, PlannedLlm, locate},
     text::{ChatTemplate, Message, Tokenizer},
@@ -11,7 +11,7 @@ use moewe::{
 };
 use serde_json::Value;
 
-use crate::checkpoints::{GPU, W8, gull, open, options, read_json};
+use crate::checkpoints::{GPU, W8, gull, logits, open, options, read_json};
 
 fn reference() -> Value {
     read_json(&gull().join("reference.json"))
@@ -20,16 +20,6 @@ fn reference() -> Value {
 fn ids(json: &Value) -> Vec<u32> {
     let ids = json.as_array().expect("a list of ids");
     ids.iter().map(|id| id.as_u64().expect("an id") as u32).collect()
-}
-
-/// Logits of every position of a sequence, in one step. `[n][vocabulary]`
-fn logits(llm: &mut Llm, tokens: &[u32]) -> Vec<Vec<f32>> {
-    let runner = llm.engine.runner();
-    let blocks: Vec<u32> = (1..=tokens.len().div_ceil(16) as u32).collect();
-    let logits = LogitRows::All;
-    let sequence = BatchSequence { tokens, blocks: &blocks, logits, ..BatchSequence::default() };
-    runner.run(&Batch { sequences: vec![sequence] }, false).expect("the step runs");
-    runner.logits(tokens.len()).expect("logits")
 }
 
 fn argmax(row: &[f32]) -> u32 {

@@ -22,6 +22,8 @@ mod mutations;
 mod parallel;
 /// Runs the binary and holds its output.
 mod program;
+/// Quantised models compute what the originals compute in int8.
+mod quantize;
 /// Random models of odd sizes against a plain forward pass in f64.
 mod random_models;
 /// That forward pass: a decoder written from the papers, sharing no code with moewe.

@@ -6,6 +6,7 @@ mod devices;
 mod eval;
 mod load;
 mod options;
+mod quantize;
 mod report;
 mod run;
 mod serve;
@@ -40,6 +41,8 @@ pub(crate) enum Command {
     Eval(eval::Eval),
     /// Measure tokens per second.
     Bench(bench::Bench),
+    /// Write a model with int8 experts: half the size, the same answers as `--weights w8a16`.
+    Quantize(quantize::Quantize),
     /// Load a server with requests and measure what its clients see.
     Load(load::Load),
     /// List the adapters that `--device` can name.
@@ -55,6 +58,7 @@ impl Command {
             Self::Verify(command) => command.run(),
             Self::Eval(command) => command.run(),
             Self::Bench(command) => command.run(),
+            Self::Quantize(command) => command.run(),
             Self::Load(command) => command.run(),
             Self::Adapters(command) => command.run(),
         }

@@ -41,9 +41,9 @@ pub(crate) enum TierArg {
     Matrix,
 }
 
-/// Which model, where and how.
+/// Which model.
 #[derive(Debug, Args)]
-pub(crate) struct ModelArgs {
+pub(crate) struct CheckpointArgs {
     /// Model directory, or owner/name on the hub [default: the shipped gull-20m]
     #[arg(long, short)]
     pub(crate) model: Option<String>,
@@ -53,6 +53,25 @@ pub(crate) struct ModelArgs {
     /// Use only what the hub's cache holds
     #[arg(long)]
     offline: bool,
+}
+
+impl CheckpointArgs {
+    /// As the library wants them, everything else as by default.
+    pub(crate) fn options(&self) -> LlmOptions {
+        LlmOptions {
+            model: self.model.clone(),
+            revision: self.revision.clone(),
+            offline: self.offline,
+            ..LlmOptions::default()
+        }
+    }
+}
+
+/// Which model, where and how.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    #[command(flatten)]
+    pub(crate) checkpoint: CheckpointArgs,
     // Boxed, as it is large.
     #[command(flatten)]
     devices: Box<DeviceArgs>,
@@ -90,16 +109,12 @@ impl ModelArgs {
             Weights::F16 => WeightFormat::F16,
             Weights::W8a16 => WeightFormat::W8 { group: self.group_size },
         };
-        let group = self.group_size.unwrap_or(32);
-        ensure!([32, 64, 128].contains(&group), "--group-size is {group}, not 32, 64 or 128");
+        check_group_size(self.group_size)?;
         let int8 = matches!(weights, WeightFormat::W8 { .. });
         ensure!(self.group_size.is_none() || int8, "--group-size goes with --weights w8a16");
         ensure!(self.max_num_batched_tokens > 0, "--max-num-batched-tokens must be at least 1");
         let mut devices = self.devices.choices()?;
         Ok(LlmOptions {
-            model: self.model.clone(),
-            revision: self.revision.clone(),
-            offline: self.offline,
             device: devices.remove(0),
             expert_devices: devices,
             expert_placement: self.devices.placement()?,
@@ -117,7 +132,7 @@ impl ModelArgs {
             max_num_batched_tokens: self.max_num_batched_tokens,
             memory_limit: self.memory_limit.map(|mib| mib.saturating_mul(1 << 20)),
             engine: EngineConfig { seed: self.seed, ..EngineConfig::default() },
-            ..LlmOptions::default()
+            ..self.checkpoint.options()
         })
     }
 
@@ -147,6 +162,13 @@ impl ModelArgs {
         bar.finish_and_clear();
         Ok(llm)
     }
+}
+
+/// Refuses groups that no kernel knows.
+pub(crate) fn check_group_size(group: Option<usize>) -> anyhow::Result<()> {
+    let group = group.unwrap_or(32);
+    ensure!([32, 64, 128].contains(&group), "--group-size is {group}, not 32, 64 or 128");
+    Ok(())
 }
 
 /// How tokens are chosen; what is absent comes from the model's generation_config.json.

@@ -114,7 +114,7 @@ impl Serve {
             "{} is open to the network: give --api-key, or --insecure if that is meant",
             self.host
         );
-        let given = self.model.model.as_deref().unwrap_or(moewe::llm::DEFAULT_MODEL);
+        let given = self.model.checkpoint.model.as_deref().unwrap_or(moewe::llm::DEFAULT_MODEL);
         let given = std::path::Path::new(given);
         // A directory is known by its last part, a hub model by its whole id.
         let name = if given.is_dir() { given.file_name() } else { Some(given.as_os_str()) };

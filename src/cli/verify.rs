@@ -30,7 +30,7 @@ pub(crate) struct Verify {
 
 impl Verify {
     pub(crate) fn run(mut self) -> anyhow::Result<ExitCode> {
-        self.model.model = Some(self.dir.display().to_string());
+        self.model.checkpoint.model = Some(self.dir.display().to_string());
         let options = self.model.options(Weights::F32)?;
         let weights = options.weights;
         let max_logits = options.max_num_batched_tokens;

@@ -29,6 +29,8 @@ pub struct EngineConfig {
     /// Steps from one timing of the router to the next; 0 never times it. A timed step waits for
     /// the device between its kernels.
     pub routing_timing_interval: u64,
+    /// Report with each token which experts computed it.
+    pub routed_experts: bool,
 }
 
 impl Default for EngineConfig {
@@ -41,6 +43,7 @@ impl Default for EngineConfig {
             overlap: true,
             expert_stats_interval: 16,
             routing_timing_interval: 0,
+            routed_experts: false,
         }
     }
 }

@@ -250,6 +250,7 @@ impl Engine {
         let extras = Extras {
             expert_counts: due(self.config.expert_stats_interval),
             timed: due(self.config.routing_timing_interval),
+            routed: self.config.routed_experts,
         };
         let running = self.scheduler.running.iter_mut().filter(|s| s.n_scheduled > 0);
         let batch = Batch { sequences: running.map(|s| s.batch(&self.eos, vocab_size)).collect() };
@@ -309,6 +310,7 @@ impl Engine {
                 token: token.filter(|_| !failed),
                 logprobs: sequence.params.logprobs.map(|n| results.logprobs(row, n)),
                 prompt_logprobs: std::mem::take(&mut sequence.prompt_logprobs),
+                experts: results.routed.get(row).cloned().unwrap_or_default(),
                 finished,
                 cached_prompt_tokens: sequence.n_cached.unwrap_or(0),
             });

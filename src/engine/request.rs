@@ -76,6 +76,9 @@ pub struct Output {
     /// Of the prompt's tokens from the second on, with the first output if
     /// `params.prompt_logprobs` asked; else empty.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// Experts that computed the token, the most probable first in each layer that has any, if
+    /// [`super::EngineConfig::routed_experts`] asks; else empty. `[moe layers * top_k]`
+    pub experts: Vec<u32>,
     /// Set on the last output of a request.
     pub finished: Option<FinishReason>,
     /// Prompt tokens whose keys and values were found in the prefix cache.

@@ -99,6 +99,11 @@ impl Runner {
         self.profile = Some(Vec::new());
     }
 
+    /// Times nothing more.
+    pub fn stop_profile(&mut self) {
+        self.profile = None;
+    }
+
     /// Dispatches timed since [`Runner::start_profile`].
     ///
     /// # Errors
@@ -122,6 +127,10 @@ impl Runner {
     /// # Errors
     /// [`crate::device::DeviceError`] if the device fails.
     pub fn run(&mut self, batch: &Batch<'_>, sample: bool) -> Result<Vec<Range<usize>>> {
+        Ok(self.run_layout(batch, sample)?.rows)
+    }
+
+    fn run_layout(&mut self, batch: &Batch<'_>, sample: bool) -> Result<Layout> {
         let (shape, layout) = Layout::new(batch, &self.limits, self.kv.block_size, sample);
         self.write(batch, &layout);
         if !self.plans.contains_key(&shape) {
@@ -143,7 +152,7 @@ impl Runner {
             _ => step.run(&mut self.device)?,
         }
         self.last = Some(shape);
-        Ok(layout.rows)
+        Ok(layout)
     }
 
     fn drop_oldest_plan(&mut self) {
@@ -162,7 +171,7 @@ impl Runner {
     /// [`crate::device::DeviceError`] if the device fails.
     pub fn submit(&mut self, batch: &Batch<'_>, extras: Extras) -> Result<Submission> {
         let profile = if extras.timed { self.profile.replace(Vec::new()) } else { None };
-        let rows = self.run(batch, true)?;
+        let Layout { rows, logit_rows, .. } = self.run_layout(batch, true)?;
         let timings = match extras.timed {
             true => std::mem::replace(&mut self.profile, profile).unwrap_or_default(),
             false => Vec::new(),
@@ -177,17 +186,28 @@ impl Runner {
             tensors.push(self.scratch.logprobs.reshape(&[n, Logprobs::COLS]));
             tensors.push(self.scratch.top_ids.reshape(&[n, Logprobs::MOST]));
         }
+        let routed = match self.last {
+            Some(shape) if extras.routed && n > 0 => self.routed_ids(shape.n_tokens()),
+            _ => Vec::new(),
+        };
+        let top_k = routed.iter().map(Tensor::cols).collect();
+        tensors.extend(routed);
         tensors.extend(self.scratch.expert_counts.filter(|_| extras.expert_counts));
         let readback = (!tensors.is_empty()).then(|| self.device.read_all(&tensors));
-        Ok(Submission { rows, timings, n, with_logprobs, readback })
+        let n_tokens = self.last.map_or(0, |shape| shape.n_tokens());
+        Ok(Submission { rows, logit_rows, n_tokens, top_k, timings, n, with_logprobs, readback })
+    }
+
+    /// What the last step of `n` tokens chose in each layer that has experts. Each `[n, top_k]`
+    fn routed_ids(&self, n: usize) -> Vec<Tensor> {
+        let routed = self.scratch.routed(&self.model.spec, n);
+        routed.into_iter().flatten().map(|(ids, _)| ids).collect()
     }
 
     /// Starts bringing the experts' counts to the host, without a step.
     pub fn expert_counts(&mut self) -> Option<Submission> {
         let readback = self.device.read(&self.scratch.expert_counts?);
-        let (rows, timings) = (Vec::new(), Vec::new());
-        let readback = Some(readback);
-        Some(Submission { rows, timings, n: 0, with_logprobs: false, readback })
+        Some(Submission { readback: Some(readback), ..Submission::default() })
     }
 
     /// Logits of the last step's first `n` rows. `[n, vocabulary]`
@@ -330,13 +350,21 @@ pub struct Extras {
     pub expert_counts: bool,
     /// Time the routers.
     pub timed: bool,
+    /// Bring along which experts each token chose.
+    pub routed: bool,
 }
 
 /// A step on its way, and its results on theirs.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Submission {
     /// Rows of logits that belong to each sequence, in batch order.
     pub rows: Vec<Range<usize>>,
+    /// Row of the token that each row of logits follows.
+    logit_rows: Vec<u32>,
+    /// Tokens of the step, padding included.
+    n_tokens: usize,
+    /// Experts per token of each layer whose choices come along.
+    top_k: Vec<usize>,
     timings: Vec<Timings>,
     n: usize,
     with_logprobs: bool,
@@ -353,6 +381,9 @@ pub struct StepResults {
     pub logprobs: Vec<f32>,
     /// The most probable tokens. `[rows, Logprobs::MOST]`
     pub top_ids: Vec<u32>,
+    /// Experts of all layers that have any, for the token that each row of logits follows, if
+    /// asked. `[rows][moe layers * top_k]`
+    pub routed: Vec<Vec<u32>>,
     /// The experts' counts, if asked: see [`crate::kernels::CountExperts`].
     pub expert_counts: Vec<u32>,
     /// Device time of routers and of the sorting by expert, if timed.
@@ -386,12 +417,24 @@ impl Submission {
         let n_scored = if self.with_logprobs { self.n } else { 0 };
         let (ids, rest) = words.split_at(self.n);
         let (logprobs, rest) = rest.split_at(n_scored * Logprobs::COLS);
-        let (top_ids, expert_counts) = rest.split_at(n_scored * Logprobs::MOST);
+        let (top_ids, rest) = rest.split_at(n_scored * Logprobs::MOST);
+        let (mut expert_counts, mut routed) = (rest, Vec::new());
+        if !self.top_k.is_empty() {
+            routed = vec![Vec::new(); self.n];
+        }
+        for &top_k in &self.top_k {
+            let (ids, rest) = expert_counts.split_at(self.n_tokens * top_k);
+            for (routed, &row) in routed.iter_mut().zip(&self.logit_rows) {
+                routed.extend(&ids[row as usize * top_k..][..top_k]);
+            }
+            expert_counts = rest;
+        }
         let token = |&id: &u32| (id & Sample::INVALID == 0).then_some(id);
         StepResults {
             tokens: ids.iter().map(token).collect(),
             logprobs: logprobs.iter().map(|&bits| f32::from_bits(bits)).collect(),
             top_ids: top_ids.to_vec(),
+            routed,
             expert_counts: expert_counts.to_vec(),
             routing_time: None,
         }

@@ -362,3 +362,38 @@ fn cancelling_at_any_step_frees_blocks_at_once_and_disturbs_nobody() {
         assert_eq!(text, expected, "cancelled after {n_steps} steps");
     }
 }
+
+#[test]
+fn experts_of_a_token_are_those_that_computed_it() {
+    let config = EngineConfig { routed_experts: true, ..EngineConfig::default() };
+    for device in [DeviceChoice::Cpu, DeviceChoice::Index(0)] {
+        let options = LlmOptions { engine: config, ..options(device) };
+        let mut engine = engine(options);
+        let prompts: Vec<Vec<u32>> =
+            [(1, 33, 24), (2, 9, 0), (3, 1, 0)].map(|(s, n, k)| prompt(s, n, k)).to_vec();
+        let params = SamplingParams { max_tokens: Some(4), ..SamplingParams::greedy() };
+        let add = |p: &Vec<u32>| engine.add(Request::new(p.clone(), params.clone())).unwrap();
+        let ids: Vec<RequestId> = prompts.iter().map(add).collect();
+        let mut first = BTreeMap::new();
+        while engine.is_busy() {
+            for output in engine.step().unwrap() {
+                first.entry(output.request).or_insert(output.experts);
+            }
+        }
+        // The same prompts alone, their last rows' choices read from the device.
+        let mut runner = engine.into_runner();
+        for (prompt, id) in prompts.iter().zip(&ids) {
+            let blocks: Vec<u32> = (1..=prompt.len().div_ceil(8) as u32).collect();
+            let (tokens, logits) = (&prompt[..], LogitRows::Last);
+            let sequence =
+                BatchSequence { tokens, blocks: &blocks, logits, ..BatchSequence::default() };
+            runner.run(&Batch { sequences: vec![sequence] }, false).unwrap();
+            let layers = runner.routed(prompt.len()).unwrap();
+            let last = layers.iter().flatten().flat_map(|layer| {
+                layer.ids[(prompt.len() - 1) * layer.top_k..].iter().map(|&id| id as u32)
+            });
+            assert_eq!(first[id], last.collect::<Vec<_>>());
+            assert!(!first[id].is_empty());
+        }
+    }
+}

@@ -8,7 +8,7 @@ use crate::{
     Result,
     engine::SamplingParams,
     model::{ModelSpec, arch},
-    weights::{Files, read_bounded},
+    weights::{Files, WeightFormat, read_bounded},
 };
 
 /// Name of the model that every command uses unless told otherwise.
@@ -51,6 +51,26 @@ pub enum FilesError {
         path: PathBuf,
         /// Where and what.
         cause: String,
+    },
+    /// A file that cannot be written.
+    #[error("{path:?} cannot be written ({cause}); check space and permissions")]
+    Write {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// A model was to be quantised to floats.
+    #[error("{format} is not int8; quantise to w8a16, or w8a16-g32, -g64, -g128")]
+    NotInt8 {
+        /// What was asked for.
+        format: WeightFormat,
+    },
+    /// A model was to be quantised twice.
+    #[error("{dir:?} is quantised already; start from the model it was made from")]
+    Quantized {
+        /// The model's directory.
+        dir: PathBuf,
     },
     /// A model without a tokenizer was asked for text.
     #[error("{dir:?} has no tokenizer.json, so it has no text; bench works without one")]

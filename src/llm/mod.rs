@@ -8,7 +8,10 @@ mod files;
 mod grammar;
 mod memory;
 mod prompt;
+#[cfg(not(target_arch = "wasm32"))]
+mod quantize;
 mod spread;
+#[cfg(not(target_arch = "wasm32"))]
 mod tools;
 
 use std::{path::PathBuf, sync::Arc};
@@ -31,8 +34,11 @@ pub use files::{DEFAULT_MODEL, FilesError, locate};
 pub use grammar::{Grammar, GrammarCompiler, GrammarError};
 pub use memory::MemoryPlan;
 pub use prompt::chat_prompt;
+#[cfg(not(target_arch = "wasm32"))]
+pub use quantize::{Quantized, quantize};
 pub use spread::ExpertPlacement;
 use spread::Spread;
+#[cfg(not(target_arch = "wasm32"))]
 pub use tools::{tell_tools, tool_format, tool_grammar};
 
 /// Where weights come from.

@@ -1,9 +1,16 @@
 //! Banks of experts: what a checkpoint calls their matrices, and how they are loaded side by side.
 
-use crate::{Result, kernels::Matrix, weights::WeightFormat};
+use std::collections::BTreeMap;
+
+use crate::{
+    Result,
+    device::Device,
+    kernels::Matrix,
+    weights::{Source, WeightFormat},
+};
 
 use super::{
-    ModelSpec,
+    ModelSpec, MoeSpec,
     loader::{Cols, Fused, Loader, Rows},
 };
 
@@ -69,6 +76,27 @@ impl ExpertNames {
     }
 }
 
+/// Names and shapes of the tensors of a checkpoint that hold routed experts, each once.
+pub(crate) fn expert_tensors(
+    spec: &ModelSpec,
+    source: &dyn Source,
+) -> BTreeMap<String, Vec<usize>> {
+    let mut device = Device::cpu();
+    let loader = Loader::new(source, &mut device, &|_| {});
+    let of_layer = |(index, moe): (usize, &MoeSpec)| {
+        let (names, n, width) =
+            (names(&loader, spec, index).1, moe.routing.n_experts, moe.intermediate_size);
+        let of_expert = |expert: usize| {
+            let down = names.down(n, expert, spec.hidden_size).place(width);
+            let gate_up = names.gate_up(n, expert, width);
+            let gate_up = gate_up.iter().map(|rows| rows.place(spec.hidden_size));
+            gate_up.chain([down]).collect::<Vec<_>>()
+        };
+        (0..n).flat_map(of_expert).collect::<Vec<_>>()
+    };
+    spec.moe_layers().flat_map(of_layer).collect()
+}
+
 /// What the matrices of a layer's experts are called and sized.
 pub(super) struct BankShape {
     pub(super) names: ExpertNames,
@@ -102,7 +130,6 @@ impl BankShape {
 mod tests {
     use super::*;
     use crate::{
-        device::Device,
         model::{Precision, arch},
         weights::MemorySource,
     };

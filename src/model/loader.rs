@@ -7,7 +7,7 @@ use crate::{
     Result,
     device::{Allocate, Caps, DType, Device, DeviceError, Tally, Tensor},
     kernels::Matrix,
-    weights::{PAD, Source, SourceTensor, WeightFormat, WeightsError, padded},
+    weights::{Encoded, PAD, Source, SourceTensor, WeightFormat, WeightsError, padded},
 };
 
 use super::linear::Linear;
@@ -90,14 +90,21 @@ impl Rows {
         }
     }
 
+    /// Name and shape of the tensor that holds the rows.
+    pub(super) fn place(&self, cols: usize) -> (String, Vec<usize>) {
+        match self.fused {
+            None => (format!("{}.weight", self.name), vec![self.rows, cols]),
+            Some(Fused { shape: [experts, rows], .. }) => {
+                (self.name.clone(), vec![experts, rows, cols])
+            }
+        }
+    }
+
     /// The tensor that holds the rows, and the index of the first of them in it.
     fn tensor<'a>(&self, source: &'a dyn Source, cols: usize) -> Result<(SourceTensor<'a>, usize)> {
-        Ok(match self.fused {
-            None => (source.tensor(&format!("{}.weight", self.name), &[self.rows, cols])?, 0),
-            Some(Fused { shape: [experts, rows], expert, first }) => {
-                (source.tensor(&self.name, &[experts, rows, cols])?, expert * rows + first)
-            }
-        })
+        let (name, shape) = self.place(cols);
+        let first = self.fused.map_or(0, |f| f.expert * f.shape[1] + f.first);
+        Ok((source.tensor(&name, &shape)?, first))
     }
 }
 
@@ -154,6 +161,37 @@ fn finite(tensor: &SourceTensor<'_>) -> Result<Vec<f32>> {
             Err(WeightsError::NonFinite { name, row: 0, col, value }.into())
         }
     }
+}
+
+/// `n` rows as the device holds them; `row(i)` is where the tensor has row `i`, unless that is
+/// padding. Int8 values that are scaled as wanted are copied, and so stay exactly what they are.
+fn pack(
+    format: WeightFormat,
+    tensor: &SourceTensor<'_>,
+    cols: Cols,
+    n: usize,
+    row: impl Fn(usize) -> Option<usize> + Sync,
+) -> Result<Encoded, WeightsError> {
+    let width = cols.stacked();
+    let n_scales = |f: WeightFormat| f.scales_per_row(width);
+    let alike = |f: WeightFormat| n_scales(f) > 0 && n_scales(f) == n_scales(format);
+    if cols.heads.is_some() || !tensor.int8_format().is_some_and(alike) {
+        return format.encode(tensor.name(), n, width, |i, out| match row(i) {
+            Some(row) => cols.row(tensor, row, out),
+            None => out.fill(0.0),
+        });
+    }
+    let mut weights = vec![0; n * format.bytes_per_row(width)];
+    let mut scales = vec![0.0; n * n_scales(format)];
+    let rows = weights.chunks_mut(format.bytes_per_row(width)).zip(scales.chunks_mut(n_scales(format)));
+    for (i, (weights, scales)) in rows.enumerate() {
+        if let Some(row) = row(i) {
+            let (from, factors) = tensor.int8_row(row);
+            weights[..width].copy_from_slice(from);
+            scales.copy_from_slice(factors);
+        }
+    }
+    Ok(Encoded { weights, scales })
 }
 
 /// Loads tensors, or only counts them.
@@ -353,12 +391,8 @@ impl<'a> Loader<'a> {
                 let (tensor, row_0) = part.tensor(*source, cols.n)?;
                 for first in inside.clone().step_by((PIECE_BYTES / row_bytes).max(1)) {
                     let n = (PIECE_BYTES / row_bytes).max(1).min(inside.end - first);
-                    let packed = matrix.format.encode(tensor.name(), n, width, |row, out| {
-                        match part.source(first + row - start) {
-                            Some(row) => cols.row(&tensor, row_0 + row, out),
-                            None => out.fill(0.0),
-                        }
-                    })?;
+                    let row = |i| part.source(first + i - start).map(|row| row_0 + row);
+                    let packed = pack(matrix.format, &tensor, cols, n, row)?;
                     let at = (expert * matrix.rows + first - range.start) as u64;
                     device.write_at(&matrix.weights, at * row_bytes as u64, &packed.weights);
                     if scale_bytes > 0 {

@@ -4,16 +4,18 @@
 //! resident memory is the working set of one tensor. Knows files, and no model.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     path::{Component, Path, PathBuf},
 };
 
+use ::safetensors::Dtype;
 use serde::Deserialize;
 
 use super::{
-    FileBytes, Files, Header, Source, SourceTensor, WeightsError, read_bounded,
-    safetensors::{UniqueMap, brief},
-    source::{check_shape, missing},
+    FileBytes, Files, Header, Source, SourceDtype, SourceTensor, WeightsError, read_bounded,
+    safetensors::{Entry, UniqueMap, brief},
+    source::{check_shape, missing, scale_name},
 };
 
 /// Name of the weights of a checkpoint that is a single file.
@@ -115,14 +117,43 @@ impl Source for Checkpoint {
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<SourceTensor<'_>, WeightsError> {
-        let absent = || missing(name, &self.dir, self.places.keys());
-        let Shard { header, bytes } = &self.shards[*self.places.get(name).ok_or_else(absent)?];
-        let entry = header.entries().get(name).ok_or_else(absent)?;
+        let Some((header, entry)) = self.entry(name) else {
+            return Err(missing(name, &self.dir, self.places.keys()));
+        };
         check_shape(name, header.file(), shape, &entry.shape)?;
         let dtype = header.dtype(name, entry)?;
+        let tensor = SourceTensor::new(name, dtype, shape, self.read(name)?)?;
+        if dtype != SourceDtype::I8 {
+            return Ok(tensor);
+        }
+        let scales = scale_name(name);
+        let Some((_, scale)) = self.entry(&scales) else {
+            return Err(header.wrong_dtype(name, entry));
+        };
+        tensor.with_scales(self.tensor(&scales, &scale.shape)?.to_f32())
+    }
+}
+
+impl Checkpoint {
+    fn entry(&self, name: &str) -> Option<(&Header, &Entry)> {
+        let header = &self.shards[*self.places.get(name)?].header;
+        Some((header, header.entries().get(name)?))
+    }
+
+    /// Shape and dtype of a tensor as the file has them, whatever the dtype.
+    pub(crate) fn stored(&self, name: &str) -> Option<(Dtype, &[usize])> {
+        let (_, entry) = self.entry(name)?;
+        Some((entry.dtype(), &entry.shape))
+    }
+
+    /// The bytes of a tensor, whatever its dtype.
+    pub(crate) fn read(&self, name: &str) -> Result<Cow<'_, [u8]>, WeightsError> {
+        let absent = || missing(name, &self.dir, self.places.keys());
+        let (header, entry) = self.entry(name).ok_or_else(absent)?;
+        let shard = &self.shards[self.places[name]];
         let range = entry.bytes.start as u64..entry.bytes.end as u64;
         let io = |cause| WeightsError::Io { path: header.file().into(), cause };
-        SourceTensor::new(name, dtype, shape, bytes.read(range).map_err(io)?)
+        shard.bytes.read(range).map_err(io)
     }
 }
 
@@ -164,13 +195,12 @@ fn is_inside(shard: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use ::safetensors::{Dtype, serialize, tensor::TensorView};
+    use ::safetensors::{serialize, tensor::TensorView};
     use std::fs::{self, File};
 
     use tempfile::TempDir;
 
     use super::*;
-    use crate::weights::SourceDtype;
 
     /// A safetensors file of F32 vectors that hold 0, 1, 2...
     fn file(tensors: &[(&str, usize)]) -> Vec<u8> {
@@ -250,6 +280,20 @@ mod tests {
         assert_eq!(checkpoint.tensor("weight", &[1]).unwrap().to_f32(), [1.0]);
         let error = checkpoint.tensor("ids", &[1]).unwrap_err().to_string();
         assert!(error.contains("\"ids\"") && error.contains("dtype I32"), "{error}");
+    }
+
+    #[test]
+    fn int8_needs_its_scales() {
+        let int8 = TensorView::new(Dtype::I8, vec![2, 2], &[1, 2, 0xFF, 4]).unwrap();
+        let scale = TensorView::new(Dtype::BF16, vec![2, 1], &[0x80, 0x3F, 0, 0x40]).unwrap();
+        let both = serialize([("w", int8.clone()), ("w_scale", scale)], None).unwrap();
+        let both = dir(&[(SINGLE_FILE, &both)]);
+        let checkpoint = Checkpoint::open(both.path()).unwrap();
+        assert_eq!(checkpoint.tensor("w", &[2, 2]).unwrap().to_f32(), [1.0, 2.0, -2.0, 8.0]);
+        let alone = dir(&[(SINGLE_FILE, &serialize([("w", int8)], None).unwrap())]);
+        let checkpoint = Checkpoint::open(alone.path()).unwrap();
+        let error = checkpoint.tensor("w", &[2, 2]).unwrap_err().to_string();
+        assert!(error.contains("dtype I8") && error.contains("w_scale"), "{error}");
     }
 
     #[test]

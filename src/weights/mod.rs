@@ -21,6 +21,7 @@ pub use files::Directory;
 pub use files::{FileBytes, Files, read_bounded};
 pub use format::{Encoded, PAD, WeightFormat, padded};
 pub use safetensors::{Entry, Header};
+pub(crate) use source::scale_name;
 pub use source::{MemorySource, Source, SourceDtype, SourceTensor};
 
 /// A checkpoint that cannot be read, or a tensor in it that cannot be used.
@@ -146,8 +147,9 @@ pub enum WeightsError {
     },
     /// A tensor of a dtype that no kernel takes.
     #[error(
-        "tensor {name:?} in {file:?} has dtype {dtype}, but weights must be F32, F16 or BF16; use \
-         a checkpoint that is not quantised"
+        "tensor {name:?} in {file:?} has dtype {dtype}, but weights must be F32, F16, BF16, or I8 \
+         with a tensor {name}_scale beside; use a checkpoint that is not quantised, or quantise \
+         one with `moewe quantize`"
     )]
     Dtype {
         /// The tensor.
@@ -156,6 +158,19 @@ pub enum WeightsError {
         file: PathBuf,
         /// Its dtype, as the file spells it.
         dtype: String,
+    },
+    /// Scales whose count fits no way of sharing them.
+    #[error(
+        "int8 tensor {name:?} of shape {shape:?} has {n_scales} scales, but it takes one per row \
+         or one per 32, 64 or 128 columns; quantise the model again"
+    )]
+    Scales {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// Scales beside it.
+        n_scales: usize,
     },
     /// Bytes whose count does not follow from shape and dtype.
     #[error(

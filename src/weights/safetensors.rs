@@ -102,12 +102,22 @@ impl Header {
             Dtype::F32 => Ok(SourceDtype::F32),
             Dtype::F16 => Ok(SourceDtype::F16),
             Dtype::BF16 => Ok(SourceDtype::BF16),
-            other => Err(WeightsError::Dtype {
-                name: name.into(),
-                file: self.file.clone(),
-                dtype: other.to_string(),
-            }),
+            Dtype::I8 => Ok(SourceDtype::I8),
+            _ => Err(self.wrong_dtype(name, entry)),
         }
+    }
+
+    /// The error for an entry whose dtype no weight can have.
+    pub(super) fn wrong_dtype(&self, name: &str, entry: &Entry) -> WeightsError {
+        let (file, dtype) = (self.file.clone(), entry.dtype.to_string());
+        WeightsError::Dtype { name: name.into(), file, dtype }
+    }
+}
+
+impl Entry {
+    /// Element type as the file spells it.
+    pub(super) fn dtype(&self) -> Dtype {
+        self.dtype
     }
 }
 

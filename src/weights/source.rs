@@ -7,7 +7,7 @@ use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
 use half::{f16, slice::HalfFloatSliceExt};
 
-use super::WeightsError;
+use super::{WeightFormat, WeightsError};
 
 /// Named tensors of one checkpoint.
 pub trait Source: Send + Sync {
@@ -34,6 +34,8 @@ pub enum SourceDtype {
     F16,
     /// The upper half of an F32.
     BF16,
+    /// Integers that count as they are until [`SourceTensor::with_scales`] scales them.
+    I8,
 }
 
 impl SourceDtype {
@@ -42,6 +44,7 @@ impl SourceDtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
+            Self::I8 => 1,
         }
     }
 }
@@ -53,6 +56,8 @@ pub struct SourceTensor<'a> {
     dtype: SourceDtype,
     shape: Vec<usize>,
     bytes: Cow<'a, [u8]>, // [shape...] x dtype.size()
+    /// Of int8 values: one per row, or one per group of columns; empty without. `[rows, n]`
+    scales: Vec<f32>,
 }
 
 impl<'a> SourceTensor<'a> {
@@ -70,7 +75,45 @@ impl<'a> SourceTensor<'a> {
         if n_bytes(&shape, dtype) != Some(bytes.len()) {
             return Err(WeightsError::Bytes { name, shape, dtype, actual: bytes.len() });
         }
-        Ok(Self { name, dtype, shape, bytes })
+        Ok(Self { name, dtype, shape, bytes, scales: Vec::new() })
+    }
+
+    /// The same int8 values times `scales` `[rows, n]`, n being 1 or the number of groups of 32,
+    /// 64 or 128 columns.
+    ///
+    /// # Errors
+    /// [`WeightsError::Scales`] for another number of them, [`WeightsError::NonFinite`].
+    pub fn with_scales(self, scales: Vec<f32>) -> Result<Self, WeightsError> {
+        if let Some(i) = scales.iter().position(|scale| !scale.is_finite()) {
+            let (n, name) = (scales.len() / self.rows().max(1), scale_name(&self.name));
+            let (row, col) = (i / n.max(1), i % n.max(1));
+            return Err(WeightsError::NonFinite { name, row, col, value: scales[i] });
+        }
+        let (n_scales, name) = (scales.len(), self.name.clone());
+        let scaled = Self { scales, ..self };
+        if scaled.int8_format().is_none() {
+            return Err(WeightsError::Scales { name, shape: scaled.shape, n_scales });
+        }
+        Ok(scaled)
+    }
+
+    /// How its int8 values are scaled; `None` where it holds floats or has no scales.
+    pub fn int8_format(&self) -> Option<WeightFormat> {
+        let formats = [None, Some(32), Some(64), Some(128)].map(|group| WeightFormat::W8 { group });
+        let n = |format: &WeightFormat| self.rows() * format.scales_per_row(self.cols());
+        let fits = |format: &WeightFormat| n(format) == self.scales.len();
+        let scaled = self.dtype == SourceDtype::I8 && !self.scales.is_empty();
+        formats.into_iter().find(|format| scaled && fits(format))
+    }
+
+    /// One row of int8 values `[cols]` and its scales, none where it has none.
+    ///
+    /// # Panics
+    /// Where `row >= rows()`, or the tensor holds floats.
+    pub fn int8_row(&self, row: usize) -> (&[u8], &[f32]) {
+        assert_eq!(self.dtype, SourceDtype::I8, "{:?} holds int8", self.name);
+        let n = self.scales.len() / self.rows();
+        (&self.bytes[row * self.cols()..][..self.cols()], &self.scales[row * n..][..n])
     }
 
     /// Name in the checkpoint.
@@ -110,6 +153,10 @@ impl<'a> SourceTensor<'a> {
     pub fn row_into(&self, row: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols(), "out holds one row of {:?}", self.name);
         assert!(row < self.rows(), "row {row} of {:?} with {} rows", self.name, self.rows());
+        if let Some(format) = self.int8_format() {
+            let (bytes, scales) = self.int8_row(row);
+            return out.copy_from_slice(&format.decode_row(bytes, scales, self.cols()));
+        }
         let row_bytes = self.cols() * self.dtype.size();
         convert(self.dtype, &self.bytes[row * row_bytes..][..row_bytes], out);
     }
@@ -117,7 +164,12 @@ impl<'a> SourceTensor<'a> {
     /// The whole tensor as f32. Returns `[rows, cols]`.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.bytes.len() / self.dtype.size()];
-        convert(self.dtype, &self.bytes, &mut out);
+        if self.scales.is_empty() {
+            convert(self.dtype, &self.bytes, &mut out);
+        } else {
+            let rows = out.chunks_mut(self.cols()).enumerate();
+            rows.for_each(|(row, out)| self.row_into(row, out));
+        }
         out
     }
 }
@@ -132,6 +184,11 @@ pub(super) fn n_bytes(shape: &[usize], dtype: SourceDtype) -> Option<usize> {
 /// Little-endian elements at any alignment to f32, exactly. `bytes.len() == out.len() * size`.
 fn convert(dtype: SourceDtype, bytes: &[u8], out: &mut [f32]) {
     match dtype {
+        SourceDtype::I8 => {
+            for (&element, out) in bytes.iter().zip(out) {
+                *out = f32::from(element as i8);
+            }
+        }
         SourceDtype::F32 => {
             for (&element, out) in bytes.as_chunks().0.iter().zip(out) {
                 *out = f32::from_le_bytes(element);
@@ -205,8 +262,14 @@ impl Source for MemorySource {
             self.tensors.get(name).ok_or_else(|| missing(name, memory, self.tensors.keys()))?;
         check_shape(name, memory, shape, &tensor.shape)?;
         let bytes = Cow::Borrowed(&*tensor.bytes);
-        Ok(SourceTensor { name: name.into(), dtype: tensor.dtype, shape: shape.into(), bytes })
+        let (dtype, scales) = (tensor.dtype, tensor.scales.clone());
+        Ok(SourceTensor { name: name.into(), dtype, shape: shape.into(), bytes, scales })
     }
+}
+
+/// What the scales of an int8 tensor are called.
+pub(crate) fn scale_name(name: &str) -> String {
+    format!("{name}_scale")
 }
 
 /// The error for an absent tensor, with the names of `file` that resemble it most.
@@ -267,6 +330,7 @@ mod tests {
                 SourceDtype::F32 => bytes.extend(value.to_le_bytes()),
                 SourceDtype::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
                 SourceDtype::BF16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
+                SourceDtype::I8 => bytes.push(value as i8 as u8),
             }
         }
         bytes
@@ -274,11 +338,13 @@ mod tests {
 
     #[test]
     fn every_dtype_converts_at_any_alignment() {
-        for dtype in [SourceDtype::F32, SourceDtype::F16, SourceDtype::BF16] {
+        use SourceDtype::{BF16, F16, F32, I8};
+        for dtype in [F32, F16, BF16, I8] {
             let expected = VALUES.map(|value| match dtype {
                 SourceDtype::F32 => value,
                 SourceDtype::F16 => f16::from_f32(value).to_f32(),
                 SourceDtype::BF16 => bf16::from_f32(value).to_f32(),
+                SourceDtype::I8 => f32::from(value as i8),
             });
             let bytes = unaligned(dtype);
             let tensor = SourceTensor::new("t", dtype, &[2, 3], &bytes[1..]).unwrap();
@@ -306,6 +372,26 @@ mod tests {
                 assert!(value == expected || value.is_nan() && expected.is_nan(), "{bits:#x}");
             }
         }
+    }
+
+    #[test]
+    fn int8_values_are_scaled_by_row_or_group() {
+        let bytes: Vec<u8> = (0..2 * 40).map(|i| i as u8).collect();
+        let int8 = || SourceTensor::new("w", SourceDtype::I8, &[2, 40], bytes.clone()).unwrap();
+        assert_eq!((int8().int8_format(), int8().to_f32()[41]), (None, 41.0));
+        let rows = int8().with_scales(vec![1.0, 0.5]).unwrap();
+        assert_eq!(rows.int8_format(), Some(WeightFormat::W8 { group: None }));
+        assert_eq!(rows.to_f32()[39..41], [39.0, 20.0]);
+        let groups = int8().with_scales(vec![1.0, 2.0, 3.0, 4.0]).unwrap();
+        assert_eq!(groups.int8_format(), Some(WeightFormat::W8 { group: Some(32) }));
+        let mut row = [0.0; 40];
+        groups.row_into(1, &mut row);
+        assert_eq!((row[31], row[32]), (71.0 * 3.0, 72.0 * 4.0));
+        assert_eq!(groups.int8_row(1), (&bytes[40..], &[3.0, 4.0][..]));
+        let error = int8().with_scales(vec![1.0; 5]).unwrap_err().to_string();
+        assert!(error.contains("\"w\"") && error.contains("5 scales"), "{error}");
+        let error = int8().with_scales(vec![1.0, f32::NAN]).unwrap_err().to_string();
+        assert!(error.contains("\"w_scale\"") && error.contains("row 1"), "{error}");
     }
 
     #[test]

@@ -1,0 +1,153 @@
+//! `moewe quantize`: the written model computes what the original computes in int8, bit for bit,
+//! and takes less room.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use moewe::{
+    device::DeviceChoice,
+    llm::{LlmOptions, quantize},
+    weights::WeightFormat,
+};
+use safetensors::Dtype;
+
+use crate::{
+    checkpoints::{
+        GPU, W8, copy, edit_json, edit_tensors, golden, gull, logits, open, options, read_json,
+    },
+    program::run,
+};
+
+const PROMPT: [u32; 9] = [5, 9, 31, 7, 60, 22, 8, 14, 3];
+
+fn quantized(from: &Path, weights: WeightFormat) -> tempfile::TempDir {
+    let out = tempfile::tempdir().expect("a temporary directory");
+    let options = options(from, DeviceChoice::Cpu, weights);
+    quantize(&options, out.path(), &|done, all| assert!(done <= all)).expect("quantised");
+    out
+}
+
+fn assert_same(from: &Path, weights: WeightFormat, device: &DeviceChoice) {
+    let out = quantized(from, weights);
+    let mut original = open(from, device.clone(), weights);
+    let mut written = open(out.path(), device.clone(), weights);
+    let (expected, got) = (logits(&mut original, &PROMPT), logits(&mut written, &PROMPT));
+    assert_eq!(got, expected, "{} as {weights} on {device}", from.display());
+}
+
+#[test]
+fn the_written_model_computes_the_same() {
+    let group = WeightFormat::W8 { group: Some(32) };
+    for name in ["qwen3_moe", "deepseek_v3", "mixtral"] {
+        assert_same(&golden(name), W8, &DeviceChoice::Cpu);
+    }
+    assert_same(&golden("qwen3_moe"), group, &DeviceChoice::Cpu);
+    assert_same(&golden("qwen3_moe"), W8, &GPU);
+}
+
+/// Puts the experts of each layer into one tensor each for gate and up, and for down.
+fn fuse(dir: &Path) {
+    edit_tensors(&dir.join("model.safetensors"), |tensors| {
+        let mut fused = BTreeMap::new();
+        let n_experts = read_json(&dir.join("config.json"))["num_experts"].as_u64().unwrap();
+        for layer in 0.. {
+            let prefix = format!("model.layers.{layer}.mlp.experts");
+            if !tensors.contains_key(&format!("{prefix}.0.up_proj.weight")) {
+                break;
+            }
+            for (name, parts) in
+                [("gate_up_proj", &["gate_proj", "up_proj"][..]), ("down_proj", &["down_proj"])]
+            {
+                let (mut dtype, mut shape, mut bytes) = (Dtype::F32, vec![], vec![]);
+                for expert in 0..n_experts {
+                    for part in parts {
+                        let part = tensors.remove(&format!("{prefix}.{expert}.{part}.weight"));
+                        let part = part.expect("a matrix of an expert");
+                        (dtype, shape) = (part.0, part.1);
+                        bytes.extend(part.2);
+                    }
+                }
+                let shape = vec![n_experts as usize, parts.len() * shape[0], shape[1]];
+                fused.insert(format!("{prefix}.{name}"), (dtype, shape, bytes));
+            }
+        }
+        assert!(!fused.is_empty());
+        tensors.extend(fused);
+    });
+}
+
+#[test]
+fn fused_experts_are_quantised_too() {
+    let dir = copy(&golden("qwen3_moe"));
+    fuse(dir.path());
+    assert_same(dir.path(), W8, &DeviceChoice::Cpu);
+    assert_same(dir.path(), WeightFormat::W8 { group: Some(32) }, &DeviceChoice::Cpu);
+}
+
+#[test]
+fn the_command_writes_a_model_that_runs() {
+    let out = tempfile::tempdir().expect("a temporary directory");
+    let path = out.path().join("small");
+    let path = path.to_str().expect("UTF-8");
+    let said = run(&["quantize", path]).stdout();
+    assert!(said.contains("w8a16"), "{said}");
+    let size = |dir: &Path| -> u64 {
+        let files = fs::read_dir(dir).expect("a directory").map(|e| e.expect("readable"));
+        let weights = files.filter(|f| f.path().extension().is_some_and(|e| e == "safetensors"));
+        weights.map(|f| f.metadata().expect("a size").len()).sum()
+    };
+    let (before, after) = (size(&gull()), size(Path::new(path)));
+    assert!(after * 10 < before * 7, "{before} -> {after} bytes");
+    let args = ["run", "Once upon a time", "--raw", "-n", "8", "--temperature", "0"];
+    let expected = run(&args).stdout();
+    assert_eq!(run(&[&args[..], &["--model", path]].concat()).stdout(), expected);
+    run(&["quantize", path]).fails_with(&["exists", "empty directory"]);
+    let twice = out.path().join("twice");
+    let twice = twice.to_str().expect("UTF-8");
+    run(&["quantize", twice, "--model", path]).fails_with(&["quantized already", path]);
+}
+
+#[test]
+fn what_cannot_be_quantised_is_an_error_and_leaves_no_weights() {
+    let out = tempfile::tempdir().expect("a temporary directory");
+    let fails = |dir: &Path, weights, part: &str| {
+        let options = options(dir, DeviceChoice::Cpu, weights);
+        let error = quantize(&options, out.path(), &|_, _| {}).unwrap_err().to_string();
+        assert!(error.contains(part), "{part:?} is not in {error:?}");
+        assert!(!out.path().join("model.safetensors").exists());
+        assert!(!out.path().join("model.safetensors.part").exists());
+    };
+    fails(&golden("qwen3_moe"), WeightFormat::F16, "not int8");
+    let dir = copy(&golden("qwen3_moe"));
+    edit_tensors(&dir.path().join("model.safetensors"), |tensors| {
+        let down = tensors.get_mut("model.layers.1.mlp.experts.3.down_proj.weight");
+        let (dtype, _, bytes) = down.expect("a matrix");
+        assert_eq!(*dtype, Dtype::F32);
+        bytes[4..8].copy_from_slice(&f32::NAN.to_le_bytes());
+    });
+    fails(dir.path(), W8, "NaN at row 0, column 1");
+    edit_json(&dir.path().join("config.json"), |config| config["model_type"] = "unheard".into());
+    fails(dir.path(), W8, "unheard");
+}
+
+#[test]
+fn spoilt_scales_are_an_error() {
+    let spoil = |edit: &dyn Fn(&mut Vec<usize>, &mut Vec<u8>), part: &str| {
+        let dir = quantized(&golden("qwen3_moe"), W8);
+        edit_tensors(&dir.path().join("model.safetensors"), |tensors| {
+            let name = "model.layers.0.mlp.experts.1.up_proj.weight_scale";
+            let (_, shape, bytes) = tensors.get_mut(name).expect("scales");
+            edit(shape, bytes);
+        });
+        let options: LlmOptions = options(dir.path(), DeviceChoice::Cpu, W8);
+        let error = moewe::llm::Llm::open(options).unwrap_err().to_string();
+        assert!(error.contains("experts.1.up_proj") && error.contains(part), "{error}");
+    };
+    spoil(&|_, bytes| bytes[..4].copy_from_slice(&f32::INFINITY.to_le_bytes()), "inf at row 0");
+    spoil(
+        &|shape, bytes| {
+            shape[0] -= 1;
+            bytes.truncate(bytes.len() - 4);
+        },
+        "one per row",
+    );
+}
