@@ -56,10 +56,12 @@ fn store(i: u32, tile_row: u32, sum: vec4<f32>) {
 
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-    first_position = group.y * p.block_size;
-    if (first_position >= num_tokens_post_pad[0]) {
+    // Compared as a local: browsers hold no private variable for uniform, as barriers need it.
+    let position = group.y * p.block_size;
+    if (position >= num_tokens_post_pad[0]) {
         return;
     }
+    first_position = position;
     let expert = expert_ids[group.y] - p.first_expert;
     if (expert < 0 || expert >= p.n_experts) {
         return;

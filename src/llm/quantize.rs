@@ -90,7 +90,8 @@ pub fn quantize(
     copy_rest(&dir, out)?;
     if let Value::Object(config) = &mut config {
         let weights = format.to_string();
-        config.insert("quantization_config".into(), json!({ "quant_method": "moewe", "weights": weights }));
+        let how = json!({ "quant_method": "moewe", "weights": weights });
+        config.insert("quantization_config".into(), how);
     }
     let text = format!("{config:#}\n");
     fs::write(out.join("config.json"), text).map_err(write(&out.join("config.json")))?;
@@ -99,9 +100,11 @@ pub fn quantize(
     let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
     let written = serialize_to_file(parts, metadata, &unfinished)
         .map_err(io::Error::other)
-        .and_then(|()| if writer.failure.get().is_some() { Ok(()) } else { fs::rename(&unfinished, &path) });
+        .and_then(|()| match writer.failure.get() {
+            None => fs::rename(&unfinished, &path),
+            Some(_) => fs::remove_file(&unfinished),
+        });
     if let Some(error) = writer.failure.into_inner() {
-        let _ = fs::remove_file(&unfinished);
         return Err(error.into());
     }
     written.map_err(write(&path))?;

@@ -77,10 +77,7 @@ impl ExpertNames {
 }
 
 /// Names and shapes of the tensors of a checkpoint that hold routed experts, each once.
-pub(crate) fn expert_tensors(
-    spec: &ModelSpec,
-    source: &dyn Source,
-) -> BTreeMap<String, Vec<usize>> {
+pub fn expert_tensors(spec: &ModelSpec, source: &dyn Source) -> BTreeMap<String, Vec<usize>> {
     let mut device = Device::cpu();
     let loader = Loader::new(source, &mut device, &|_| {});
     let of_layer = |(index, moe): (usize, &MoeSpec)| {

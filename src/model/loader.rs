@@ -183,7 +183,8 @@ fn pack(
     }
     let mut weights = vec![0; n * format.bytes_per_row(width)];
     let mut scales = vec![0.0; n * n_scales(format)];
-    let rows = weights.chunks_mut(format.bytes_per_row(width)).zip(scales.chunks_mut(n_scales(format)));
+    let scales_of = scales.chunks_mut(n_scales(format));
+    let rows = weights.chunks_mut(format.bytes_per_row(width)).zip(scales_of);
     for (i, (weights, scales)) in rows.enumerate() {
         if let Some(row) = row(i) {
             let (from, factors) = tensor.int8_row(row);

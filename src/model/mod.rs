@@ -16,7 +16,7 @@ mod shard;
 mod spec;
 mod transformer;
 
-pub(crate) use banks::expert_tensors;
+pub use banks::expert_tensors;
 pub use kv_cache::KvCache;
 pub use loader::Precision;
 pub use rope::RopeScaling;

@@ -9,7 +9,6 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use ::safetensors::Dtype;
 use serde::Deserialize;
 
 use super::{
@@ -141,7 +140,8 @@ impl Checkpoint {
     }
 
     /// Shape and dtype of a tensor as the file has them, whatever the dtype.
-    pub(crate) fn stored(&self, name: &str) -> Option<(Dtype, &[usize])> {
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn stored(&self, name: &str) -> Option<(::safetensors::Dtype, &[usize])> {
         let (_, entry) = self.entry(name)?;
         Some((entry.dtype(), &entry.shape))
     }
@@ -195,7 +195,7 @@ fn is_inside(shard: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use ::safetensors::{serialize, tensor::TensorView};
+    use ::safetensors::{Dtype, serialize, tensor::TensorView};
     use std::fs::{self, File};
 
     use tempfile::TempDir;

@@ -21,8 +21,7 @@ pub use files::Directory;
 pub use files::{FileBytes, Files, read_bounded};
 pub use format::{Encoded, PAD, WeightFormat, padded};
 pub use safetensors::{Entry, Header};
-pub(crate) use source::scale_name;
-pub use source::{MemorySource, Source, SourceDtype, SourceTensor};
+pub use source::{MemorySource, Source, SourceDtype, SourceTensor, scale_name};
 
 /// A checkpoint that cannot be read, or a tensor in it that cannot be used.
 #[derive(Debug, thiserror::Error)]

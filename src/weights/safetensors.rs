@@ -116,6 +116,7 @@ impl Header {
 
 impl Entry {
     /// Element type as the file spells it.
+    #[cfg(not(target_arch = "wasm32"))]
     pub(super) fn dtype(&self) -> Dtype {
         self.dtype
     }

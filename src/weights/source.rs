@@ -268,7 +268,7 @@ impl Source for MemorySource {
 }
 
 /// What the scales of an int8 tensor are called.
-pub(crate) fn scale_name(name: &str) -> String {
+pub fn scale_name(name: &str) -> String {
     format!("{name}_scale")
 }
 

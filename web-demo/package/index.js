@@ -89,7 +89,7 @@ export class MoeweEngine {
    */
   async reload(model = this.#model) {
     if (model === undefined) throw named("RequestError", "name the model to load");
-    const { webgpu, problems } = await checkSupport();
+    const { webgpu, problems, adapter } = await checkSupport();
     if (!webgpu) throw problems[0];
     // A device that was lost takes its thread's WebAssembly memory with it.
     this.#restart();
@@ -99,7 +99,9 @@ export class MoeweEngine {
     const { onProgress, workerUrl, ...options } = this.options;
     const source = typeof model === "string" ? new URL(model, location.href).href : [...model];
     const name = typeof model === "string" ? model.replace(/\/+$/, "").split("/").pop() : "folder";
-    this.info = await this.#call("load", { source, options: { name, ...options } });
+    const info = await this.#call("load", { source, options: { name, ...options } });
+    // The engine sees WebGPU's adapters without their names.
+    this.info = { ...info, adapter: `${adapter} ${info.adapter}`.trim() };
     return this.info;
   }
 

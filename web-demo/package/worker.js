@@ -12,7 +12,7 @@ let stepping = false;
  * @type {(() => void)[]} */
 let waiting = [];
 
-const ready = init();
+const ready = init({ module_or_path: new URL("./wasm/moewe_bg.wasm", import.meta.url) });
 
 /** @type {Record<string, (args: any) => unknown>} */
 const calls = {
@@ -128,7 +128,7 @@ function folder(list) {
 
 /** @param {Map<string, Blob>} files */
 function modelFiles(files) {
-  const reader = new FileReaderSync();
+  const reader = new /** @type {any} */ (globalThis).FileReaderSync();
   return {
     open(/** @type {string} */ name) {
       const blob = files.get(name);

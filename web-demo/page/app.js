@@ -23,6 +23,7 @@ navigator.serviceWorker?.register("sw.js").catch(() => {
 
 start();
 
+/** @returns {Promise<void>} */
 async function start() {
   empty();
   const { problems } = await checkSupport();

@@ -212,11 +212,8 @@ impl WebEngine {
 impl WebEngine {
     /// Compiles the shaders of a prompt and of a token that follows.
     async fn warm_up(&mut self) -> Result<(), JsValue> {
-        let params = SamplingParams {
-            max_tokens: Some(2),
-            ignore_eos: true,
-            ..self.llm.defaults.clone()
-        };
+        let params =
+            SamplingParams { max_tokens: Some(2), ignore_eos: true, ..self.llm.defaults.clone() };
         self.llm.engine.add(engine::Request::new([0; 16], params)).map_err(from)?;
         while self.llm.engine.is_busy() {
             self.llm.engine.step_async().await.map_err(from)?;

@@ -26,7 +26,7 @@ extern "C" {
     /// All files of a model.
     #[derive(Debug)]
     #[wasm_bindgen(typescript_type = "ModelFiles")]
-    pub(crate) type ModelFiles;
+    pub type ModelFiles;
     #[wasm_bindgen(method, catch)]
     fn open(this: &ModelFiles, name: &str) -> Result<Option<ModelFile>, JsValue>;
 
