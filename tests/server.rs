@@ -75,7 +75,7 @@ async fn post_ok(path: &str, body: &Value) -> Value {
     serde_json::from_str(&text).unwrap()
 }
 
-async fn get(app_: &Arc<App>, path: &str) -> (StatusCode, HeaderMap, String) {
+pub(crate) async fn get(app_: &Arc<App>, path: &str) -> (StatusCode, HeaderMap, String) {
     call(app(app_.clone()), Request::get(path).body(Body::empty()).unwrap()).await
 }
 
