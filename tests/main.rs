@@ -22,6 +22,8 @@ mod goldens;
 mod invariance;
 /// A damaged config.json or safetensors header never panics, hangs or loads as garbage.
 mod mutations;
+/// Experts that visit the device from the host's memory give what resident ones give.
+mod offload;
 /// Experts on several devices give what one device gives.
 mod parallel;
 /// Runs the binary and holds its output.

@@ -127,6 +127,7 @@ impl ModelArgs {
             device: devices.remove(0),
             expert_devices: devices,
             expert_placement: self.devices.placement()?,
+            expert_cache: self.devices.cache(),
             tier: self.tier.map(|tier| match tier {
                 TierArg::Portable => Tier::Portable,
                 TierArg::Fast => Tier::Fast,
@@ -166,11 +167,12 @@ impl ModelArgs {
             eprintln!("        {device}: experts of rank {}", rank + 1);
         }
         eprintln!("memory  {}", planned.memory);
-        let bar = ProgressBar::new(planned.memory.weights).with_style(
-            ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes} {eta}")?,
-        );
+        let bytes = planned.memory.weights + planned.memory.host;
+        let bar = ProgressBar::new(bytes).with_style(ProgressStyle::with_template(
+            "loading {bar:30} {bytes}/{total_bytes} {eta}",
+        )?);
         // Small models are there before a bar can be read.
-        if planned.memory.weights < 256 << 20 {
+        if bytes < 256 << 20 {
             bar.set_draw_target(indicatif::ProgressDrawTarget::hidden());
         }
         bar.enable_steady_tick(Duration::from_millis(200));
