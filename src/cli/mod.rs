@@ -4,7 +4,6 @@ mod adapters;
 mod bench;
 mod devices;
 mod eval;
-mod load;
 mod options;
 mod quantize;
 mod report;
@@ -39,12 +38,10 @@ pub(crate) enum Command {
     Verify(verify::Verify),
     /// Perplexity of a text.
     Eval(eval::Eval),
-    /// Measure tokens per second.
-    Bench(bench::Bench),
     /// Write a model with int8 experts: half the size, the same answers as `--weights w8a16`.
     Quantize(quantize::Quantize),
-    /// Load a server with requests and measure what its clients see.
-    Load(load::Load),
+    /// Measure tokens per second, of kernels, the engine or a server.
+    Bench(Box<bench::Bench>),
     /// List the adapters that `--device` can name.
     Adapters(adapters::Adapters),
 }
@@ -59,7 +56,6 @@ impl Command {
             Self::Eval(command) => command.run(),
             Self::Bench(command) => command.run(),
             Self::Quantize(command) => command.run(),
-            Self::Load(command) => command.run(),
             Self::Adapters(command) => command.run(),
         }
     }
