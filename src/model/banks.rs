@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     Result,
-    device::{Device, Tensor},
+    device::Tensor,
     kernels::Matrix,
     weights::{Source, WeightFormat},
 };
@@ -113,11 +113,9 @@ impl ExpertNames {
 
 /// Names and shapes of the tensors of a checkpoint that hold routed experts, each once.
 pub fn expert_tensors(spec: &ModelSpec, source: &dyn Source) -> BTreeMap<String, Vec<usize>> {
-    let mut device = Device::cpu();
-    let loader = Loader::new(source, &mut device, &|_| {});
     let of_layer = |(index, moe): (usize, &MoeSpec)| {
-        let (names, n, width) =
-            (names(&loader, spec, index).1, moe.routing.n_experts, moe.intermediate_size);
+        let (_, names) = names(|name| source.contains(name), spec, index);
+        let (n, width) = (moe.routing.n_experts, moe.intermediate_size);
         let of_expert = |expert: usize| {
             let down = names.down(n, expert, spec.hidden_size).place(width);
             let gate_up = names.gate_up(n, expert, width);
@@ -210,7 +208,7 @@ impl BankShape {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{model::arch, weights::MemorySource};
+    use crate::{device::Device, model::arch, weights::MemorySource};
 
     const SIZES: (usize, usize, usize) = (3, 5, 7); // Experts, hidden, width.
 

@@ -44,6 +44,16 @@ async function ask(page, text) {
   await page.waitForFunction(() => document.getElementById("speed")?.textContent);
 }
 
+/**
+ * Sets the length of answers.
+ * @param {import("playwright-core").Page} page
+ * @param {number} tokens
+ */
+async function limit(page, tokens) {
+  await page.evaluate(() => document.querySelector("#chat details")?.setAttribute("open", ""));
+  await page.fill("#max_tokens", String(tokens));
+}
+
 /** Greedy tokens and text through the package. @param {import("playwright-core").Page} page */
 function greedy(page) {
   return page.evaluate(
@@ -101,7 +111,7 @@ test("a visitor loads, chats, sees experts, stops, and comes back offline", asyn
   await loaded(page);
   assert.match(await page.textContent("#facts"), /webgpu/);
   const before = await page.locator("#heat").screenshot();
-  await page.fill("#max_tokens", "32");
+  await limit(page, 32);
   await ask(page, "Tell me a story about a gull.");
   assert.match(await page.textContent("#speed"), /tokens\/s/);
   const answer = page.locator("#messages .assistant");
@@ -120,7 +130,7 @@ test("a visitor loads, chats, sees experts, stops, and comes back offline", asyn
   await page.keyboard.press("Escape");
   assert.equal(await page.textContent("#chosen"), "");
 
-  await page.fill("#max_tokens", "1500");
+  await limit(page, 1500);
   await page.fill("#prompt", "Tell me a very long story.");
   await page.keyboard.press("Enter");
   await page.waitForFunction(() => document.querySelectorAll("#messages .assistant:last-child .token").length > 3);
@@ -140,7 +150,7 @@ test("a visitor loads, chats, sees experts, stops, and comes back offline", asyn
   await page.reload();
   await page.click("#load");
   await loaded(page);
-  await page.fill("#max_tokens", "4");
+  await limit(page, 4);
   await ask(page, "Hello!");
   await context.setOffline(false);
   // Offline, the browser itself reports what it could not fetch.
@@ -230,7 +240,7 @@ test("a lost device is named and one click brings it back", async () => {
   await page.goto(server.url);
   await page.click("#load");
   await loaded(page);
-  await page.fill("#max_tokens", "500");
+  await limit(page, 500);
   await page.fill("#prompt", "Tell me a long story.");
   await page.keyboard.press("Enter");
   await page.waitForFunction(() => document.querySelectorAll(".token").length > 2);
@@ -239,7 +249,7 @@ test("a lost device is named and one click brings it back", async () => {
   assert.match(await page.textContent("#problem-text"), /DeviceLostError/);
   await page.click("#again");
   await loaded(page);
-  await page.fill("#max_tokens", "4");
+  await limit(page, 4);
   await ask(page, "Hello!");
   await context.close();
 });

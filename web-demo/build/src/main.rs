@@ -29,6 +29,7 @@ fn bindgen(module: &str, out: &str) -> Result<()> {
         .input_path(module)
         .out_name("moewe")
         .web(true)?
+        .typescript(true)
         .remove_name_section(true)
         .remove_producers_section(true)
         .generate(out)
