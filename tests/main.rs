@@ -4,6 +4,8 @@
 
 /// A damaged checkpoint ends with exit code 1 and a sentence that names file, tensor or key.
 mod bad_checkpoint;
+/// Clients that leave, stall, dribble or overdo it.
+mod bad_clients;
 /// Bad input ends with exit code 1 and a sentence that names the cause, never with a panic.
 mod bad_input;
 /// Load on a server and on the engine: the fields that are reported.
@@ -16,6 +18,8 @@ mod cli;
 mod contract;
 /// The shipped model computes what transformers computed for it.
 mod default_model;
+/// Devices that fail under the engine and the server.
+mod faults;
 /// Every architecture against its golden, and verify against corrupted goldens.
 mod goldens;
 /// Results do not depend on batches, chunks, preemption, block size, device or run.

@@ -15,7 +15,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use crate::{
     Result,
-    device::{Device, DeviceChoice, Tier},
+    device::{Device, DeviceChoice, Faults, Tier},
     engine::{Engine, EngineConfig, Runner, SamplingParams},
     model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Precision},
     parallel::{CacheOptions, Exchange},
@@ -224,6 +224,11 @@ impl PlannedLlm {
     /// Devices beside the primary one, as [`PlannedLlm::device`].
     pub fn expert_devices(&self) -> Vec<String> {
         self.spread.describe()
+    }
+
+    /// Makes the primary device fail, for tests.
+    pub fn faults(&self) -> Faults {
+        self.device.faults()
     }
 
     /// Loads weights; `progress` hears of bytes uploaded.

@@ -212,6 +212,11 @@ impl RoutedExperts {
         })
     }
 
+    /// Bytes of the banks: allocated, and without padding.
+    pub(super) fn bytes(&self, hidden: usize) -> (u64, u64) {
+        self.banks.bytes(hidden, self.width)
+    }
+
     /// Banks with so many places, and the map that says what is in them, if not all is here.
     pub(super) fn places(&self) -> (&Banks, usize, Option<Tensor>) {
         (&self.banks, self.n_held, self.map)
