@@ -49,7 +49,10 @@ pub(crate) fn start_with_context(max_model_len: usize, config: ServerConfig) -> 
 /// The server with default limits, for tests that leave no mark on it.
 static SHARED: LazyLock<Arc<App>> = LazyLock::new(|| start(ServerConfig::default()));
 
-async fn call(router: Router, request: Request<Body>) -> (StatusCode, HeaderMap, String) {
+pub(crate) async fn call(
+    router: Router,
+    request: Request<Body>,
+) -> (StatusCode, HeaderMap, String) {
     let response = router.oneshot(request).await.unwrap();
     let (parts, body) = response.into_parts();
     let bytes = to_bytes(body, 64 << 20).await.unwrap();

@@ -118,7 +118,7 @@ pub trait Allocate {
     fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor, DeviceError>;
 }
 
-/// Bytes to copy from one buffer to another, all in whole 4-byte words.
+/// A tensor to fill from another buffer, in whole 4-byte words.
 #[derive(Debug, Clone, Copy)]
 pub struct CopyPart {
     /// What is read.
@@ -127,10 +127,6 @@ pub struct CopyPart {
     pub from_byte: u64,
     /// What is written.
     pub to: Tensor,
-    /// Byte of it where writing starts.
-    pub to_byte: u64,
-    /// How many.
-    pub bytes: u64,
 }
 
 /// Counts what a device would have to hold.

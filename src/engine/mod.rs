@@ -14,7 +14,10 @@ mod stats;
 
 use std::{ops::Range, sync::Arc};
 
-use crate::{Result, parallel::Exchange};
+use crate::{
+    Result,
+    parallel::{Exchange, PackedExpert},
+};
 
 pub use batch::{Batch, BatchSequence, LogitRows};
 pub use blocks::{BlockPool, PrefixId};
@@ -99,6 +102,17 @@ impl Engine {
     /// Device, model and memory below the engine.
     pub fn runner(&mut self) -> &mut Runner {
         &mut self.runner
+    }
+
+    /// Replaces experts between two steps, all or none; see [`crate::model::pack_experts`]. Requests
+    /// that run go on with them; what was cached of prompts is found no more.
+    ///
+    /// # Errors
+    /// Those of [`Runner::replace_experts`].
+    pub fn replace_experts(&mut self, new: &[PackedExpert]) -> Result<()> {
+        self.runner.replace_experts(new)?;
+        self.scheduler.forget_prefixes();
+        Ok(())
     }
 
     /// Drops all requests and gives back what runs them.

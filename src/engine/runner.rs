@@ -8,7 +8,7 @@ use crate::{
     device::{DType, Device, Plan, Readback, Recording, Tensor, Timing, Timings},
     kernels::{Logprobs, Sample},
     model::{KvCache, Limits, Model, Scratch, StepShape},
-    parallel::{Exchange, Handoff},
+    parallel::{Exchange, Handoff, PackedExpert, ParallelError},
 };
 
 use super::{
@@ -72,6 +72,48 @@ impl Runner {
     /// Who takes over at the experts, if they are not all on the device.
     pub fn exchange(&self) -> Option<&dyn Exchange> {
         self.exchange.as_deref()
+    }
+
+    /// Replaces experts behind the steps submitted so far: all of them, or none if that fails.
+    ///
+    /// # Errors
+    /// [`crate::device::DeviceError`] if a device fails, [`ParallelError::Worker`].
+    pub fn replace_experts(&mut self, new: &[PackedExpert]) -> Result<()> {
+        let mut old = Vec::with_capacity(new.len());
+        for &PackedExpert { layer, expert, .. } in new {
+            let bytes = self.read_expert(layer, expert)?;
+            old.push(PackedExpert { layer, expert, bytes });
+        }
+        self.write_experts(new).inspect_err(|_| {
+            // If this fails too, the device is gone, and the weights with it.
+            let _ = self.write_experts(&old);
+        })
+    }
+
+    fn write_experts(&mut self, experts: &[PackedExpert]) -> Result<()> {
+        for expert in experts {
+            self.model.write_expert(&mut self.device, expert);
+            if let Some(exchange) = &mut self.exchange {
+                exchange.write_expert(&mut self.device, expert)?;
+            }
+        }
+        Ok(self.device.wait()?)
+    }
+
+    /// Packed weights of an expert, from wherever it is.
+    ///
+    /// # Errors
+    /// Those of [`Runner::replace_experts`].
+    pub fn read_expert(&mut self, layer: usize, expert: usize) -> Result<Vec<u8>> {
+        if let Some(bytes) = self.model.read_expert(&mut self.device, layer, expert)? {
+            return Ok(bytes);
+        }
+        let held = match &mut self.exchange {
+            Some(exchange) => exchange.read_expert(&mut self.device, layer, expert)?,
+            None => None,
+        };
+        let cause = format!("no device has expert {expert} of mixture {layer}");
+        held.ok_or_else(|| ParallelError::NewExperts { cause }.into())
     }
 
     /// The model.

@@ -17,7 +17,7 @@ use crate::{
     Result,
     device::{Device, DeviceChoice, Tier},
     engine::{Engine, EngineConfig, Runner, SamplingParams},
-    model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Precision},
+    model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Precision, pack_experts},
     parallel::{CacheOptions, Exchange},
     text::{ChatTemplate, Tokenizer},
     weights::{Checkpoint, DummySource, Files, Source, WeightFormat},
@@ -304,6 +304,19 @@ impl Llm {
     #[cfg(not(target_arch = "wasm32"))]
     pub fn open(options: LlmOptions) -> Result<Self> {
         PlannedLlm::new(options)?.load(&|_| {})
+    }
+
+    /// Replaces the experts that `source` has, and no others, while requests run: all or none.
+    /// Returns their layers and numbers.
+    ///
+    /// # Errors
+    /// Those of [`crate::model::pack_experts`] and [`Engine::replace_experts`].
+    pub fn replace_experts(&mut self, source: &dyn Source) -> Result<Vec<(usize, usize)>> {
+        let model = self.engine.runner().model();
+        let new = pack_experts(&model.spec, model.precision, source)?;
+        let layers: Vec<usize> = model.spec.moe_layers().map(|(index, _)| index).collect();
+        self.engine.replace_experts(&new)?;
+        Ok(new.iter().map(|e| (layers[e.layer], e.expert)).collect())
     }
 
     /// The tokenizer.

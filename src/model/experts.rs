@@ -38,8 +38,10 @@ pub(super) struct RoutedExperts {
     banks: Banks,
     routing: Routing,
     width: usize,
-    /// Experts in the banks.
+    /// Places in the banks.
     n_held: usize,
+    /// Experts by place, none where they come and go.
+    held: Vec<usize>,
     /// Where to find which; global ids are places in the banks if absent.
     map: Option<Tensor>,
     /// Whether other devices hold the rest, so that their sums come in.
@@ -198,23 +200,35 @@ impl RoutedExperts {
                 ((0..(*slots).min(routing.n_experts)).collect(), Some(table(2, &nowhere)?))
             }
         };
-        let banks = match layout {
-            ExpertLayout::Cached(_) => shape.empty(loader, held.len())?,
-            _ => shape.load(loader, &held)?,
+        let n_held = held.len();
+        let (banks, held) = match layout {
+            ExpertLayout::Cached(_) => (shape.empty(loader, n_held)?, Vec::new()),
+            _ => (shape.load(loader, &held)?, held),
         };
         Ok(Self {
             banks,
             routing,
             width: shape.width,
-            n_held: held.len(),
+            n_held,
+            held,
             map,
             is_shared_out: matches!(layout, ExpertLayout::Share(..)),
         })
     }
 
-    /// Banks with so many places, and the map that says what is in them, if not all is here.
-    pub(super) fn places(&self) -> (&Banks, usize, Option<Tensor>) {
-        (&self.banks, self.n_held, self.map)
+    /// The experts' weights.
+    pub(super) fn banks(&self) -> &Banks {
+        &self.banks
+    }
+
+    /// Number of places in the banks, and the table that says what is in them, if not all is here.
+    pub(super) fn places(&self) -> (usize, Option<Tensor>) {
+        (self.n_held, self.map)
+    }
+
+    /// Where an expert stays in the banks, if it does.
+    pub(super) fn place(&self, expert: usize) -> Option<usize> {
+        self.held.iter().position(|&held| held == expert)
     }
 
     /// Adds the weighted outputs of the experts that are here for `x` `[n, hidden]` to `out`.

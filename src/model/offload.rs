@@ -7,7 +7,8 @@ use crate::{
     Result,
     device::{CopyPart, Device, Readback, Tensor},
     parallel::{
-        CacheOptions, CacheStats, Exchange, ExchangeStats, Handoff, Own, ParallelError, SlotCache,
+        CacheOptions, CacheStats, Exchange, ExchangeStats, Handoff, Own, PackedExpert,
+        ParallelError, SlotCache,
     },
     weights::Source,
 };
@@ -81,10 +82,10 @@ impl ExpertCache {
                 host.push(device.keep_on_host("expert", &bytes)?);
                 progress(bytes.len() as u64);
             }
-            let (banks, n_slots, map) = experts.places();
+            let (banks, (n_slots, map)) = (experts.banks().clone(), experts.places());
             let slots = SlotCache::new(shape.n_experts, n_slots, options.policy);
             let map = map.expect("layers with slots have a map");
-            layers.push(Layer { host, banks: banks.clone(), slots, map, written: Vec::new() });
+            layers.push(Layer { host, banks, slots, map, written: Vec::new() });
         }
         let stats = CacheStats {
             slots: layers.iter().map(|l| l.slots.n_slots() as u64).sum(),
@@ -110,9 +111,9 @@ impl Layer {
         let mut copies = Vec::new();
         for &(expert, slot) in &moves {
             let (from, mut from_byte) = (self.host[expert], 0);
-            for (to, to_byte, bytes) in self.banks.parts(slot) {
-                copies.push(CopyPart { from, from_byte, to, to_byte, bytes });
-                from_byte += bytes;
+            for to in self.banks.parts(slot) {
+                copies.push(CopyPart { from, from_byte, to });
+                from_byte += to.bytes();
             }
             debug_assert_eq!(from_byte, from.bytes());
         }
@@ -164,6 +165,25 @@ impl Exchange for ExpertCache {
             self.stats.stalled += start.elapsed();
         }
         self.rounds += 1;
+        Ok(())
+    }
+
+    fn read_expert(
+        &mut self,
+        device: &mut Device,
+        layer: usize,
+        expert: usize,
+    ) -> Result<Option<Vec<u8>>> {
+        Ok(Some(device.read_now(&self.layers[layer].host[expert])?))
+    }
+
+    fn write_expert(&mut self, device: &mut Device, new: &PackedExpert) -> Result<()> {
+        let layer = &mut self.layers[new.layer];
+        let kept = device.keep_on_host("expert", &new.bytes)?;
+        device.free(std::mem::replace(&mut layer.host[new.expert], kept));
+        if let Some(slot) = layer.slots.slot(new.expert) {
+            layer.banks.write(device, slot, &new.bytes);
+        }
         Ok(())
     }
 

@@ -97,6 +97,16 @@ impl Worker for ExpertShard {
         Ok(bytemuck::pod_collect_to_vec(&sums.wait_now()?))
     }
 
+    fn read_expert(&mut self, layer: usize, place: usize) -> Result<Vec<u8>> {
+        self.layers[layer].banks().read(&mut self.device, place)
+    }
+
+    fn write_expert(&mut self, layer: usize, place: usize, packed: &[u8]) -> Result<()> {
+        self.layers[layer].banks().write(&mut self.device, place, packed);
+        // Whether it arrived is known now, not a step later.
+        Ok(self.device.wait()?)
+    }
+
     fn blocks(&self) -> bool {
         matches!(self.device, Device::Cpu(_))
     }

@@ -49,6 +49,23 @@ pub trait Exchange: fmt::Debug + Send {
         own: &mut Own<'_>,
     ) -> Result<()>;
 
+    /// Packed weights of an expert that it keeps elsewhere than on the primary device.
+    ///
+    /// # Errors
+    /// [`crate::device::DeviceError`], [`ParallelError::Worker`].
+    fn read_expert(
+        &mut self,
+        device: &mut Device,
+        layer: usize,
+        expert: usize,
+    ) -> Result<Option<Vec<u8>>>;
+
+    /// Overwrites an expert wherever it keeps one elsewhere than on the primary device.
+    ///
+    /// # Errors
+    /// [`crate::device::DeviceError`], [`ParallelError::Worker`].
+    fn write_expert(&mut self, device: &mut Device, new: &PackedExpert) -> Result<()>;
+
     /// What it has done so far.
     fn stats(&self) -> ExchangeStats;
 
@@ -56,6 +73,17 @@ pub trait Exchange: fmt::Debug + Send {
     fn cache_stats(&self) -> Option<CacheStats> {
         None
     }
+}
+
+/// One expert's weights as devices hold them, on their way to those.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackedExpert {
+    /// Index among the layers that have experts.
+    pub layer: usize,
+    /// Its number in the layer.
+    pub expert: usize,
+    /// In the format and order of the model's banks.
+    pub bytes: Vec<u8>,
 }
 
 /// Traffic since the start.
@@ -99,6 +127,18 @@ pub trait Worker: fmt::Debug + Send {
     /// # Errors
     /// Those of its device, or of the way there.
     fn finish(&mut self) -> Result<Vec<f32>>;
+
+    /// Packed weights of the expert at a place of a layer.
+    ///
+    /// # Errors
+    /// Those of its device, or of the way there.
+    fn read_expert(&mut self, layer: usize, place: usize) -> Result<Vec<u8>>;
+
+    /// Overwrites the expert at a place of a layer, behind what was submitted before.
+    ///
+    /// # Errors
+    /// Those of its device, or of the way there.
+    fn write_expert(&mut self, layer: usize, place: usize, packed: &[u8]) -> Result<()>;
 
     /// Whether [`Worker::submit`] only returns when all is computed; such workers go last.
     fn blocks(&self) -> bool {
@@ -215,6 +255,27 @@ impl Exchange for Sharded {
         device.write(&at.partial, &sums);
         self.stats.rounds += 1;
         self.stats.visits += visits.len() as u64;
+        Ok(())
+    }
+
+    fn read_expert(
+        &mut self,
+        _: &mut Device,
+        layer: usize,
+        expert: usize,
+    ) -> Result<Option<Vec<u8>>> {
+        let place = self.owners[layer].places(expert).find(|place| place.0 > 0);
+        let Some((rank, place)) = place else { return Ok(None) };
+        let read = self.workers[rank - 1].read_expert(layer, place);
+        Ok(Some(read.map_err(|e| failed(rank, &e))?))
+    }
+
+    fn write_expert(&mut self, _: &mut Device, new: &PackedExpert) -> Result<()> {
+        for (rank, place) in self.owners[new.layer].places(new.expert).filter(|p| p.0 > 0) {
+            let worker = &mut self.workers[rank - 1];
+            let written = worker.write_expert(new.layer, place, &new.bytes);
+            written.map_err(|e| failed(rank, &e))?;
+        }
         Ok(())
     }
 

@@ -10,7 +10,7 @@ mod placement;
 
 pub use balance::{Cluster, balancedness, is_improvement, preserve_slots, rebalance, replicate};
 pub use cache::{CacheOptions, CachePolicy, CacheStats, SlotCache};
-pub use exchange::{Exchange, ExchangeStats, Handoff, Own, Rows, Sharded, Worker};
+pub use exchange::{Exchange, ExchangeStats, Handoff, Own, PackedExpert, Rows, Sharded, Worker};
 pub use owners::{ExpertLayout, Owners};
 pub use placement::{Placement, Rank};
 
@@ -56,6 +56,12 @@ pub enum ParallelError {
     CachePolicy {
         /// What was given.
         text: String,
+    },
+    /// A file of experts that this model cannot take.
+    #[error("the experts cannot be taken: {cause}")]
+    NewExperts {
+        /// What is wrong.
+        cause: String,
     },
     /// A cache of experts that several devices share.
     #[error("an expert cache works on one device; leave out --devices or --expert-cache-memory")]

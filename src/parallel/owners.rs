@@ -78,6 +78,11 @@ impl Owners {
         &self.held[rank]
     }
 
+    /// Rank and local id of each replica of an expert, ascending.
+    pub fn places(&self, expert: usize) -> impl Iterator<Item = (usize, usize)> {
+        self.replicas[expert].iter().copied()
+    }
+
     /// Rank and local id that serve row `token` of a step, `None` for ids out of range. Replicas
     /// are spread by a hash (Knuth's, as vLLM does), so that the choice is the same everywhere.
     pub fn of(&self, token: usize, expert: i32) -> Option<(usize, usize)> {
