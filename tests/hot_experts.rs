@@ -28,11 +28,22 @@ const NAME: &str = "model.safetensors";
 
 type Tensors = BTreeMap<String, Stored>;
 
-fn read(path: &Path) -> Tensors {
-    let bytes = fs::read(path).expect("readable");
-    let file = SafeTensors::deserialize(&bytes).expect("valid safetensors");
-    let read = file.tensors().into_iter();
-    read.map(|(name, t)| (name, (t.dtype(), t.shape().to_vec(), t.data().to_vec()))).collect()
+/// All tensors of a checkpoint.
+fn read(dir: &Path) -> Tensors {
+    let mut all = Tensors::new();
+    for entry in fs::read_dir(dir).expect("the checkpoint is there") {
+        let path = entry.expect("readable").path();
+        let name = path.file_name().expect("a name").to_string_lossy();
+        if name.starts_with("model") && name.ends_with(".safetensors") {
+            let bytes = fs::read(&path).expect("readable");
+            let file = SafeTensors::deserialize(&bytes).expect("valid safetensors");
+            let tensors = file.tensors().into_iter();
+            all.extend(
+                tensors.map(|(name, t)| (name, (t.dtype(), t.shape().to_vec(), t.data().to_vec()))),
+            );
+        }
+    }
+    all
 }
 
 /// The tensors of some experts of every layer.
@@ -78,7 +89,7 @@ fn open(dir: &Path, devices: &[DeviceChoice], cache: Option<u64>) -> Llm {
 #[test]
 fn replaced_experts_are_those_of_the_file_wherever_they_are() {
     let dir = golden("qwen3_moe");
-    let tensors = read(&dir.join(NAME));
+    let tensors = read(&dir);
     let old = experts_of(&tensors, &[0, 3]);
     let new = altered(&old);
     assert!(!old.is_empty() && new != old);
@@ -137,7 +148,9 @@ fn faults(good: &Tensors) -> Vec<(Vec<u8>, &'static str)> {
         (
             edited(|t, last| {
                 let stored = t[&last].clone();
-                t.insert(last.replace(".experts.3.", ".experts.999."), stored);
+                let (start, rest) = last.split_once(".experts.").expect("an expert");
+                let (_, rest) = rest.split_once('.').expect("its projection");
+                t.insert(format!("{start}.experts.999.{rest}"), stored);
             }),
             "no number 999",
         ),
@@ -152,7 +165,7 @@ fn faults(good: &Tensors) -> Vec<(Vec<u8>, &'static str)> {
 #[test]
 fn a_faulty_file_changes_nothing() {
     let dir = golden("qwen3_moe");
-    let good = altered(&experts_of(&read(&dir.join(NAME)), &[0, 3]));
+    let good = altered(&experts_of(&read(&dir), &[0, 3]));
     for (devices, cache) in [(vec![CPU], None), (vec![GPU, CPU], None), (vec![CPU], Some(1 << 18))]
     {
         let mut llm = open(&dir, &devices, cache);
@@ -169,7 +182,7 @@ fn a_faulty_file_changes_nothing() {
 #[test]
 fn requests_in_flight_go_on() {
     let dir = golden("qwen3_moe");
-    let new = altered(&experts_of(&read(&dir.join(NAME)), &[0, 3]));
+    let new = altered(&experts_of(&read(&dir), &[0, 3]));
     let mut llm = open(&dir, &[GPU], None);
     let undisturbed = greedy(&mut llm, 24);
     let mut disturbed = |file: Vec<u8>, good: bool| {
@@ -229,7 +242,7 @@ async fn the_endpoint_is_off_unless_asked_for() {
 #[tokio::test]
 async fn experts_are_replaced_over_http_while_answers_stream() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let good = experts_of(&read(&gull().join(NAME)), &[1]);
+    let good = experts_of(&read(&gull()), &[1]);
     write_tensors(&dir.path().join("same.safetensors"), &good);
     for (i, (bytes, _)) in faults(&altered(&good)).into_iter().enumerate() {
         fs::write(dir.path().join(format!("{i}.safetensors")), bytes).expect("written");
