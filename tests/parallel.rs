@@ -7,11 +7,12 @@ use moewe::{
     device::DeviceChoice,
     engine::{Batch, BatchSequence, LogitRows, SamplingParams},
     llm::{ExpertPlacement, Llm, LlmOptions},
-    parallel::ExchangeStats,
+    parallel::{EplbOptions, ExchangeStats},
     weights::WeightFormat,
 };
+use safetensors::Dtype;
 
-use crate::checkpoints::{GPU, golden, gull, options};
+use crate::checkpoints::{GPU, copy, edit_tensors, golden, gull, options};
 
 const CPU: DeviceChoice = DeviceChoice::Cpu;
 const F32: WeightFormat = WeightFormat::F32;
@@ -145,4 +146,50 @@ fn impossible_placements_are_refused() {
     assert!(open("{").contains("placement file"));
     assert!(open(r#"{"layers": [[[0], [1]]]}"#).contains("leaves out"));
     assert!(open(r#"{"layers": [[[0]]]}"#).contains("devices"));
+}
+
+/// Experts 0 to 2 of 8 are always chosen; the bias of the router sees to that.
+fn skewed() -> tempfile::TempDir {
+    let dir = copy(&golden("glm4_moe"));
+    edit_tensors(&dir.path().join("model.safetensors"), |tensors| {
+        let biases = tensors.iter_mut().filter(|(name, _)| name.ends_with("score_correction_bias"));
+        for (_, (dtype, _, bytes)) in biases {
+            assert_eq!(*dtype, Dtype::F32);
+            for (expert, bias) in bytes.chunks_mut(4).enumerate() {
+                let value: f32 = if expert < 3 { 50.0 } else { 0.0 };
+                bias.copy_from_slice(&value.to_le_bytes());
+            }
+        }
+    });
+    dir
+}
+
+/// Requests run while experts move; the text is that of a single device.
+#[test]
+fn experts_move_to_where_the_work_is_balanced() {
+    let dir = skewed();
+    let mut alone = spread(dir.path(), &[CPU], ExpertPlacement::Linear);
+    let expected = greedy(&mut alone, 48);
+    for (first, redundant) in [(CPU, 9), (GPU, 9), (CPU, 0)] {
+        let options = LlmOptions {
+            text: false,
+            max_model_len: Some(128),
+            expert_devices: vec![CPU; 3],
+            eplb: Some(EplbOptions { interval: 16, redundant, threshold: 0.05 }),
+            ..options(dir.path(), first, F32)
+        };
+        let mut llm = Llm::open(options).expect("a model");
+        let stats = |llm: &Llm| llm.engine.stats().eplb.expect("balanced");
+        assert_eq!((stats(&llm).rebalances, stats(&llm).balancedness), (0, 1.0));
+        assert_eq!(greedy(&mut llm, 48), expected);
+        let moved = stats(&llm);
+        let (before, promised) = moved.last_move.expect("they moved");
+        assert!(before < 0.6, "{moved:?}");
+        assert!(moved.experts_moved > 0 && moved.bytes_moved > 0, "{moved:?}");
+        // Three busy experts keep three of four devices busy, or all of them with copies.
+        let least = if redundant > 0 { 0.9 } else { 0.7 };
+        assert!(promised > least && moved.balancedness > least, "{moved:?}");
+        assert_eq!(greedy(&mut llm, 48), expected, "and it stays so");
+        assert_eq!(stats(&llm).rebalances, moved.rebalances, "without moving any more");
+    }
 }

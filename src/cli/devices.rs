@@ -5,7 +5,7 @@ use clap::Args;
 use moewe::{
     device::DeviceChoice,
     llm::ExpertPlacement,
-    parallel::{CacheOptions, CachePolicy},
+    parallel::{CacheOptions, CachePolicy, EplbOptions},
 };
 
 /// Devices of a model.
@@ -24,6 +24,16 @@ pub(crate) struct DeviceArgs {
     /// Which device gets which experts: linear, round_robin, or a JSON file
     #[arg(long, default_value = "linear")]
     expert_placement: String,
+    /// Steps between looks at the experts' work, after which they move to balance the devices; 0
+    /// leaves them where they are
+    #[arg(long, default_value_t = 0)]
+    eplb_interval: u64,
+    /// Copies of busy experts in each layer that balancing may make, over all devices
+    #[arg(long, default_value_t = 0)]
+    num_redundant_experts: usize,
+    /// Share by which the busiest device's work must fall for experts to move
+    #[arg(long, default_value_t = 0.05)]
+    eplb_threshold: f64,
     /// Keep all experts in the host's memory and copy those chosen to so much device memory: bytes,
     /// or with K, M or G
     #[arg(long, value_parser = bytes, conflicts_with_all = ["devices", "expert_parallel_size"])]
@@ -61,6 +71,15 @@ impl DeviceArgs {
             devices.resize(n, devices[given - 1].clone());
         }
         Ok(devices)
+    }
+
+    /// How experts are balanced over the devices, if they are.
+    pub(crate) fn eplb(&self) -> Option<EplbOptions> {
+        (self.eplb_interval > 0).then_some(EplbOptions {
+            interval: self.eplb_interval,
+            redundant: self.num_redundant_experts,
+            threshold: self.eplb_threshold,
+        })
     }
 
     /// The cache of experts, if there is one.

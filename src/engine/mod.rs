@@ -16,7 +16,7 @@ use std::{ops::Range, sync::Arc};
 
 use crate::{
     Result,
-    parallel::{Exchange, PackedExpert},
+    parallel::{Exchange, PackedExpert, Rebalancer},
 };
 
 pub use batch::{Batch, BatchSequence, LogitRows};
@@ -46,6 +46,7 @@ pub struct Engine {
     experts: Arc<ExpertStats>,
     /// The experts' counts as last read.
     last_counts: Vec<u32>,
+    balancer: Option<Rebalancer>,
 }
 
 /// A submitted step, and whose its rows of logits are.
@@ -88,8 +89,16 @@ impl Engine {
             counters: Counters::default(),
             experts: Arc::new(ExpertStats::new(spec)),
             last_counts: Vec::new(),
+            balancer: None,
             runner,
         }
+    }
+
+    /// Moves experts between devices as their work asks for.
+    #[must_use]
+    pub fn with_balancer(mut self, balancer: Rebalancer) -> Self {
+        self.balancer = Some(balancer);
+        self
     }
 
     /// Longest prompt and answer together, tokens.
@@ -196,6 +205,7 @@ impl Engine {
             routing_ms: counters.routing_ms,
             experts: self.experts.clone(),
             exchange: self.runner.exchange().map(Exchange::stats),
+            eplb: self.balancer.as_ref().map(Rebalancer::stats),
             expert_cache: self.runner.exchange().and_then(Exchange::cache_stats),
         }
     }
@@ -249,7 +259,19 @@ impl Engine {
         Ok(Some(oldest))
     }
 
+    /// Moves the experts of at most one layer, so that no step waits for long.
+    fn balance(&mut self) -> Result<()> {
+        let Some(balancer) = &mut self.balancer else { return Ok(()) };
+        balancer.look(self.counters.steps, &self.experts.tokens)?;
+        if let Some((layer, new)) = balancer.next() {
+            let (n, bytes) = self.runner.rearrange(layer, balancer.owners(layer), &new)?;
+            balancer.moved(layer, new, n, bytes);
+        }
+        Ok(())
+    }
+
     fn submit(&mut self) -> Result<Option<InFlight>> {
+        self.balance()?;
         if !self.scheduler.schedule() {
             return Ok(None);
         }

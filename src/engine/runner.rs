@@ -1,14 +1,18 @@
 //! Turns a batch into device work: writes the step's inputs, picks or makes the plan for its
 //! shape, submits, and hands results back. Knows batches, not requests.
 
-use std::{collections::HashMap, ops::Range, time::Duration};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    ops::Range,
+    time::Duration,
+};
 
 use crate::{
     Result,
     device::{DType, Device, Plan, Readback, Recording, Tensor, Timing, Timings},
     kernels::{Logprobs, Sample},
     model::{KvCache, Limits, Model, Scratch, StepShape},
-    parallel::{Exchange, Handoff, PackedExpert, ParallelError},
+    parallel::{Exchange, Handoff, Owners, PackedExpert, ParallelError},
 };
 
 use super::{
@@ -114,6 +118,27 @@ impl Runner {
         };
         let cause = format!("no device has expert {expert} of mixture {layer}");
         held.ok_or_else(|| ParallelError::NewExperts { cause }.into())
+    }
+
+    /// Moves experts of a layer from their owners to new ones, behind the steps submitted so far.
+    /// Returns how many were written to a place, and their bytes.
+    ///
+    /// # Errors
+    /// Those of [`Runner::replace_experts`].
+    pub fn rearrange(&mut self, layer: usize, old: &Owners, new: &Owners) -> Result<(u64, u64)> {
+        let (mut packed, mut moved) = (HashMap::new(), (0, 0));
+        // All are read before the first place is overwritten.
+        for (_, expert) in (0..new.n_ranks()).flat_map(|rank| new.changes(old, rank)) {
+            if let Entry::Vacant(entry) = packed.entry(expert) {
+                entry.insert(self.read_expert(layer, expert)?);
+            }
+            moved = (moved.0 + 1, moved.1 + packed[&expert].len() as u64);
+        }
+        self.model.rearrange(&mut self.device, layer, (old, new), &packed);
+        if let Some(exchange) = &mut self.exchange {
+            exchange.rearrange(layer, new, &packed)?;
+        }
+        Ok(moved)
     }
 
     /// The model.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::{
     kernels::CountExperts,
     model::ModelSpec,
-    parallel::{CacheStats, ExchangeStats},
+    parallel::{CacheStats, EplbStats, ExchangeStats},
 };
 
 /// A snapshot of the engine.
@@ -43,6 +43,8 @@ pub struct EngineStats {
     pub experts: Arc<ExpertStats>,
     /// What went to other devices, if any hold experts.
     pub exchange: Option<ExchangeStats>,
+    /// How balanced the devices are, where experts move between them.
+    pub eplb: Option<EplbStats>,
     /// What the cache of experts did, if there is one.
     pub expert_cache: Option<CacheStats>,
 }

@@ -18,7 +18,7 @@ use crate::{
     device::{Device, DeviceChoice, Tier},
     engine::{Engine, EngineConfig, Runner, SamplingParams},
     model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Precision, pack_experts},
-    parallel::{CacheOptions, Exchange},
+    parallel::{CacheOptions, EplbOptions, Exchange},
     text::{ChatTemplate, Tokenizer},
     weights::{Checkpoint, DummySource, Files, Source, WeightFormat},
 };
@@ -61,6 +61,8 @@ pub struct LlmOptions {
     pub expert_devices: Vec<DeviceChoice>,
     /// Which experts go where.
     pub expert_placement: ExpertPlacement,
+    /// Move experts between the devices as their work asks for.
+    pub eplb: Option<EplbOptions>,
     /// Keep all experts in the host's memory, and so many bytes of them on the device.
     pub expert_cache: Option<CacheOptions>,
     /// Highest tier of the adapter to use, for tests and to rule a tier out; all if absent.
@@ -101,6 +103,7 @@ impl Default for LlmOptions {
             device: DeviceChoice::Auto,
             expert_devices: Vec::new(),
             expert_placement: ExpertPlacement::Linear,
+            eplb: None,
             expert_cache: None,
             tier: None,
             weights: WeightFormat::W8 { group: None },
@@ -271,7 +274,10 @@ impl PlannedLlm {
         if let Some(exchange) = exchange {
             runner = runner.with_exchange(exchange);
         }
-        let engine = Engine::new(runner, self.options.engine);
+        let mut engine = Engine::new(runner, self.options.engine);
+        if let Some(balancer) = self.spread.balancer() {
+            engine = engine.with_balancer(balancer);
+        }
         Ok(Llm { dir: self.dir, engine, tokenizer, template, defaults: self.defaults })
     }
 

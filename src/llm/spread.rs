@@ -6,7 +6,8 @@ use crate::{
     device::Device,
     model::{ExpertCache, ExpertShard, Limits, ModelSpec, Precision},
     parallel::{
-        CacheOptions, Exchange, ExpertLayout, Owners, ParallelError, Placement, Sharded, Worker,
+        CacheOptions, EplbOptions, Exchange, ExpertLayout, Owners, ParallelError, Placement, Rank,
+        Rebalancer, Sharded, Share, Worker,
     },
     weights::Source,
 };
@@ -47,6 +48,7 @@ pub(super) struct Spread {
     devices: Vec<Device>,
     /// By layer that has experts; none if the primary device is alone.
     owners: Vec<Owners>,
+    eplb: Option<EplbOptions>,
     /// The primary device has slots for experts, and the host's memory all of them.
     pub(super) cache: Option<CacheOptions>,
     /// Slots of each layer.
@@ -79,7 +81,7 @@ impl Spread {
             devices.push(device);
         }
         let owners = options.expert_placement.owners(spec, 1 + devices.len())?;
-        Ok(Self { devices, owners, ..Self::default() })
+        Ok(Self { devices, owners, eplb: options.eplb, ..Self::default() })
     }
 
     /// What the primary device holds.
@@ -87,8 +89,22 @@ impl Spread {
         match self.devices.is_empty() {
             true if self.cache.is_some() => ExpertLayout::Cached(self.slots),
             true => ExpertLayout::All,
-            false => ExpertLayout::Share(self.owners.clone(), 0),
+            false => ExpertLayout::Share(self.share(0)),
         }
+    }
+
+    fn share(&self, rank: usize) -> Share {
+        let redundant = self.eplb.map(|eplb| eplb.redundant);
+        Share { owners: self.owners.clone(), rank, redundant }
+    }
+
+    /// Who moves experts between the devices, if anybody does.
+    pub(super) fn balancer(&self) -> Option<Rebalancer> {
+        let (eplb, n_ranks) = (self.eplb?, self.owners.first()?.n_ranks());
+        let slots = |rank| self.share(rank).places(0);
+        let rank = |rank| Rank { slots: slots(rank), speed: 1.0, visit_s: 0.0 };
+        let placement = Placement::new(self.owners.clone());
+        Some(Rebalancer::new(eplb, (0..n_ranks).map(rank).collect(), placement))
     }
 
     /// The limits that every device can keep.
@@ -112,15 +128,14 @@ impl Spread {
         if self.devices.is_empty() {
             return Ok(None);
         }
-        let owners = &self.owners;
+        let devices = std::mem::take(&mut self.devices).into_iter().enumerate();
         let load = |(i, device): (usize, Device)| -> Result<Box<dyn Worker>> {
             let rank = i + 1;
-            let share = (&owners[..], rank);
+            let share = self.share(rank);
             let shard = ExpertShard::load(device, spec, source, precision, limits, share)
                 .map_err(|e| ParallelError::Worker { rank, cause: e.to_string() })?;
             Ok(Box::new(shard))
         };
-        let devices = std::mem::take(&mut self.devices).into_iter().enumerate();
         let workers = devices.map(load).collect::<Result<_>>()?;
         Ok(Some(Box::new(Sharded::new(workers, self.owners.clone()))))
     }

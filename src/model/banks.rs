@@ -169,14 +169,6 @@ impl BankShape {
         vec![self.names.down(self.n_experts, expert, self.hidden)]
     }
 
-    /// Banks with `n_places` for experts, and nothing in them.
-    pub(super) fn empty(&self, loader: &mut Loader<'_>, n_places: usize) -> Result<Banks> {
-        let (hidden, width) = (Cols::all(self.hidden), Cols::all(self.width));
-        let gate_up = loader.empty_banks(n_places, &self.gate_up(0), hidden, self.format)?;
-        let down = loader.empty_banks(n_places, &self.down(0), width, self.format)?;
-        Ok(Banks { gate_up, down })
-    }
-
     /// Packs one expert as banks hold it: gate and up rows, their scales, down rows, their scales.
     pub(super) fn pack(&self, source: &dyn Source, expert: usize) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
@@ -202,11 +194,16 @@ impl BankShape {
         (matrix(self.gate_up(0), self.hidden) + matrix(self.down(0), self.width)) as u64
     }
 
-    /// Loads some experts, in this order.
-    pub(super) fn load(&self, loader: &mut Loader<'_>, experts: &[usize]) -> Result<Banks> {
+    /// Loads some experts, in this order, into the first of so many places.
+    pub(super) fn load(
+        &self,
+        loader: &mut Loader<'_>,
+        experts: &[usize],
+        n_places: usize,
+    ) -> Result<Banks> {
         let (hidden, width) = (Cols::all(self.hidden), Cols::all(self.width));
-        let gate_up = loader.banks(experts, |e| self.gate_up(e), hidden, self.format)?;
-        let down = loader.banks(experts, |e| self.down(e), width, self.format)?;
+        let gate_up = loader.banks(experts, n_places, |e| self.gate_up(e), hidden, self.format)?;
+        let down = loader.banks(experts, n_places, |e| self.down(e), width, self.format)?;
         Ok(Banks { gate_up, down })
     }
 }
@@ -245,7 +242,7 @@ mod tests {
             width: moe.intermediate_size,
             format: precision.experts,
         };
-        let banks = shape.load(&mut loader, &[0, 1, 2]).unwrap();
+        let banks = shape.load(&mut loader, &[0, 1, 2], 3).unwrap();
         let all = banks.gate_up.iter().chain(&banks.down);
         all.map(|(_, bank)| device.read_now(&bank.weights).unwrap()).collect()
     }

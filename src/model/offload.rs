@@ -1,13 +1,15 @@
 //! Experts that stay in the host's memory and visit the device in turn: each layer has slots there,
 //! and the router's result says which experts must come.
 
+use std::collections::HashMap;
+
 use web_time::Instant;
 
 use crate::{
     Result,
     device::{CopyPart, Device, Readback, Tensor},
     parallel::{
-        CacheOptions, CacheStats, Exchange, ExchangeStats, Handoff, Own, PackedExpert,
+        CacheOptions, CacheStats, Exchange, ExchangeStats, Handoff, Own, Owners, PackedExpert,
         ParallelError, SlotCache,
     },
     weights::Source,
@@ -185,6 +187,10 @@ impl Exchange for ExpertCache {
             layer.banks.write(device, slot, &new.bytes);
         }
         Ok(())
+    }
+
+    fn rearrange(&mut self, _: usize, _: &Owners, _: &HashMap<usize, Vec<u8>>) -> Result<()> {
+        Ok(()) // All experts are at home in the host's memory.
     }
 
     fn stats(&self) -> ExchangeStats {

@@ -1,10 +1,12 @@
 //! Experts that take the place of loaded ones: found in a checkpoint by their tensors' names, checked
 //! and packed before anything changes.
 
+use std::collections::HashMap;
+
 use crate::{
     Result,
     device::Device,
-    parallel::{PackedExpert, ParallelError},
+    parallel::{Owners, PackedExpert, ParallelError},
     weights::Source,
 };
 
@@ -73,6 +75,20 @@ impl Model {
             && let Some(place) = experts.place(new.expert)
         {
             experts.banks().write(device, place, &new.bytes);
+        }
+    }
+
+    /// Moves experts of a layer to where `new` has them on this device, the primary one; `packed`
+    /// has those that move, by number.
+    pub fn rearrange(
+        &mut self,
+        device: &mut Device,
+        layer: usize,
+        owners: (&Owners, &Owners),
+        packed: &HashMap<usize, Vec<u8>>,
+    ) {
+        if let Some(experts) = self.routed_experts_mut(layer) {
+            experts.rearrange(device, owners, 0, packed);
         }
     }
 }

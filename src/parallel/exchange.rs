@@ -2,7 +2,7 @@
 //! primary device: activations go to the owners of the chosen experts and partial sums come back.
 //! Knows devices and ranks; what a rank computes with is behind [`Worker`].
 
-use std::{fmt, time::Duration};
+use std::{collections::HashMap, fmt, time::Duration};
 
 use web_time::Instant;
 
@@ -65,6 +65,18 @@ pub trait Exchange: fmt::Debug + Send {
     /// # Errors
     /// [`crate::device::DeviceError`], [`ParallelError::Worker`].
     fn write_expert(&mut self, device: &mut Device, new: &PackedExpert) -> Result<()>;
+
+    /// Moves experts of a layer from their old owners to new ones; `packed` has those that move,
+    /// by number. The primary device's are moved by its owner.
+    ///
+    /// # Errors
+    /// [`ParallelError::Worker`].
+    fn rearrange(
+        &mut self,
+        layer: usize,
+        new: &Owners,
+        packed: &HashMap<usize, Vec<u8>>,
+    ) -> Result<()>;
 
     /// What it has done so far.
     fn stats(&self) -> ExchangeStats;
@@ -139,6 +151,19 @@ pub trait Worker: fmt::Debug + Send {
     /// # Errors
     /// Those of its device, or of the way there.
     fn write_expert(&mut self, layer: usize, place: usize, packed: &[u8]) -> Result<()>;
+
+    /// Moves experts of a layer to where the new owners have them on this rank; `packed` has those
+    /// that move, by number.
+    ///
+    /// # Errors
+    /// Those of its device, or of the way there.
+    fn rearrange(
+        &mut self,
+        layer: usize,
+        owners: (&Owners, &Owners),
+        rank: usize,
+        packed: &HashMap<usize, Vec<u8>>,
+    ) -> Result<()>;
 
     /// Whether [`Worker::submit`] only returns when all is computed; such workers go last.
     fn blocks(&self) -> bool {
@@ -276,6 +301,21 @@ impl Exchange for Sharded {
             let written = worker.write_expert(new.layer, place, &new.bytes);
             written.map_err(|e| failed(rank, &e))?;
         }
+        Ok(())
+    }
+
+    fn rearrange(
+        &mut self,
+        layer: usize,
+        new: &Owners,
+        packed: &HashMap<usize, Vec<u8>>,
+    ) -> Result<()> {
+        let owners = (&self.owners[layer], new);
+        for (worker, rank) in self.workers.iter_mut().zip(1..) {
+            let moved = worker.rearrange(layer, owners, rank, packed);
+            moved.map_err(|e| failed(rank, &e))?;
+        }
+        self.owners[layer] = new.clone();
         Ok(())
     }
 

@@ -7,12 +7,14 @@ mod cache;
 mod exchange;
 mod owners;
 mod placement;
+mod rebalance;
 
 pub use balance::{Cluster, balancedness, is_improvement, preserve_slots, rebalance, replicate};
 pub use cache::{CacheOptions, CachePolicy, CacheStats, SlotCache};
 pub use exchange::{Exchange, ExchangeStats, Handoff, Own, PackedExpert, Rows, Sharded, Worker};
-pub use owners::{ExpertLayout, Owners};
+pub use owners::{ExpertLayout, Owners, Share};
 pub use placement::{Placement, Rank};
+pub use rebalance::{EplbOptions, EplbStats, Rebalancer};
 
 /// Experts that cannot be spread as asked.
 #[derive(Debug, thiserror::Error)]

@@ -80,6 +80,22 @@ fn exchange_metrics(page: &mut Page, stats: &EngineStats) {
             page.counter(&format!("vllm_moe_{name}_total"), help, value);
         }
     }
+    if let Some(eplb) = &stats.eplb {
+        let help = "Mean over largest load of a device in the last window, 0 to 1.";
+        page.gauge("vllm_moe_balancedness", help, eplb.balancedness);
+        let when = |name, value| (label("when", name), value);
+        let moves = eplb.last_move.map(|(before, after)| [("before", before), ("after", after)]);
+        let moves = moves.into_iter().flatten().map(|(name, value)| when(name, value));
+        let help = "Balancedness that made experts move last, and that the move promised.";
+        page.series("vllm_moe_eplb_balancedness", "gauge", help, moves);
+        for (name, help, value) in [
+            ("rebalances", "Times that experts were moved.", eplb.rebalances),
+            ("experts_moved", "Experts written to a place.", eplb.experts_moved),
+            ("bytes_moved", "Bytes of experts written to a place.", eplb.bytes_moved),
+        ] {
+            page.counter(&format!("vllm_moe_eplb_{name}_total"), help, value);
+        }
+    }
     let Some(cache) = &stats.expert_cache else { return };
     for (name, help, value) in [
         ("hits", "Chosen experts that were on the device, by layer and step.", cache.hits),
