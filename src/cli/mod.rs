@@ -9,6 +9,7 @@ mod options;
 mod report;
 mod run;
 mod serve;
+mod simulate;
 mod verify;
 
 use std::process::ExitCode;
@@ -42,6 +43,8 @@ pub(crate) enum Command {
     Bench(bench::Bench),
     /// Load a server with requests and measure what its clients see.
     Load(load::Load),
+    /// Predict a step's time on 1 to 1024 adapters, from sizes and rates.
+    Simulate(simulate::Simulate),
     /// List the adapters that `--device` can name.
     Adapters(adapters::Adapters),
 }
@@ -56,6 +59,7 @@ impl Command {
             Self::Eval(command) => command.run(),
             Self::Bench(command) => command.run(),
             Self::Load(command) => command.run(),
+            Self::Simulate(command) => command.run(),
             Self::Adapters(command) => command.run(),
         }
     }

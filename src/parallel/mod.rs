@@ -8,6 +8,7 @@ mod exchange;
 mod owners;
 mod placement;
 mod rebalance;
+pub mod simulate;
 
 pub use balance::{Cluster, balancedness, is_improvement, preserve_slots, rebalance, replicate};
 pub use cache::{CacheOptions, CachePolicy, CacheStats, SlotCache};
@@ -58,6 +59,12 @@ pub enum ParallelError {
     CachePolicy {
         /// What was given.
         text: String,
+    },
+    /// A simulation without the numbers that it needs.
+    #[error("this cannot be simulated: {cause}")]
+    Simulate {
+        /// What is missing.
+        cause: String,
     },
     /// A file of experts that this model cannot take.
     #[error("the experts cannot be taken: {cause}")]
