@@ -3,7 +3,7 @@
 use anyhow::{Context, ensure};
 use clap::Args;
 use moewe::{
-    device::DeviceChoice,
+    device::{DeviceChoice, all_devices},
     llm::ExpertPlacement,
     parallel::{CacheOptions, CachePolicy, EplbOptions},
 };
@@ -15,13 +15,13 @@ pub(crate) struct DeviceArgs {
     #[arg(long, default_value = "auto", env = "MOEWE_DEVICE")]
     device: String,
     /// Devices that share the experts, named as for --device; the first one does all else, and the
-    /// same may be named again
+    /// same may be named again; auto measures all there are and uses those that help
     #[arg(long, value_delimiter = ',', conflicts_with = "device")]
     devices: Vec<String>,
     /// Number of devices that share the experts; those after --devices repeat the last one
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     expert_parallel_size: Option<u8>,
-    /// Which device gets which experts: linear, round_robin, or a JSON file
+    /// Which device gets which experts: linear, round_robin, balanced (as measured), or a JSON file
     #[arg(long, default_value = "linear")]
     expert_placement: String,
     /// Steps between looks at the experts' work, after which they move to balance the devices; 0
@@ -58,9 +58,21 @@ fn bytes(text: &str) -> Result<u64, String> {
 }
 
 impl DeviceArgs {
+    fn is_auto(&self) -> bool {
+        self.devices.len() == 1 && self.devices[0] == "auto"
+    }
+
     /// The primary device, then those that hold a share of the experts.
     pub(crate) fn choices(&self) -> anyhow::Result<Vec<DeviceChoice>> {
         let parse = |name: &String| name.parse::<DeviceChoice>().unwrap_or(DeviceChoice::Auto);
+        if self.is_auto() {
+            ensure!(
+                self.expert_parallel_size.is_none(),
+                "--devices auto finds out how many devices to use; leave out \
+                 --expert-parallel-size"
+            );
+            return Ok(pollster::block_on(all_devices()));
+        }
         let mut devices: Vec<DeviceChoice> = self.devices.iter().map(parse).collect();
         if devices.is_empty() {
             devices.push(parse(&self.device));
@@ -91,10 +103,14 @@ impl DeviceArgs {
     /// Which device gets which experts.
     pub(crate) fn placement(&self) -> anyhow::Result<ExpertPlacement> {
         Ok(match self.expert_placement.as_str() {
+            _ if self.is_auto() => ExpertPlacement::Balanced,
             "linear" => ExpertPlacement::Linear,
+            "balanced" => ExpertPlacement::Balanced,
             "round_robin" => ExpertPlacement::RoundRobin,
             path => ExpertPlacement::Json(std::fs::read_to_string(path).with_context(|| {
-                format!("--expert-placement {path} is neither linear, round_robin nor a file")
+                format!(
+                    "--expert-placement {path} is neither linear, round_robin, balanced nor a file"
+                )
             })?),
         })
     }

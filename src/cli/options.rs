@@ -133,6 +133,9 @@ impl ModelArgs {
         }
         eprintln!("model   {} ({})", planned.dir.display(), planned.spec.architecture);
         eprintln!("device  {}", planned.device());
+        for line in planned.measurements() {
+            eprintln!("measured {line}");
+        }
         for (rank, device) in planned.expert_devices().iter().enumerate() {
             eprintln!("        {device}: experts of rank {}", rank + 1);
         }

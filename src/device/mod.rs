@@ -12,7 +12,7 @@ mod tensor;
 
 use std::ops::Range;
 
-pub use adapter::{AdapterInfo, DeviceChoice, adapters};
+pub use adapter::{AdapterInfo, DeviceChoice, adapters, all_devices};
 pub use caps::{Caps, Tier};
 pub use cpu::{Cpu, Io};
 pub use gpu::Gpu;

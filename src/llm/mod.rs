@@ -6,6 +6,7 @@ mod builder;
 mod files;
 #[cfg(not(target_arch = "wasm32"))]
 mod grammar;
+mod measure;
 mod memory;
 mod prompt;
 mod spread;
@@ -194,7 +195,7 @@ impl PlannedLlm {
             max_penalized: options.max_num_seqs.clamp(1, 32),
         }
         .fit(&spec, &device.caps());
-        let spread = Spread::open(&options, &spec).await?;
+        let spread = Spread::open(&options, &spec, &limits).await?;
         let limits = spread.fit(limits, &spec);
         let layout = spread.layout();
         let (memory, n_blocks) =
@@ -227,6 +228,11 @@ impl PlannedLlm {
     /// Devices beside the primary one, as [`PlannedLlm::device`].
     pub fn expert_devices(&self) -> Vec<String> {
         self.spread.describe()
+    }
+
+    /// What was measured of each device, in words, where [`ExpertPlacement::Balanced`] asked for it.
+    pub fn measurements(&self) -> &[String] {
+        self.spread.measurements()
     }
 
     /// Loads weights; `progress` hears of bytes uploaded.

@@ -3,7 +3,7 @@
 
 use crate::{
     Result,
-    device::Device,
+    device::{Device, DeviceChoice},
     model::{ExpertCache, ExpertShard, Limits, ModelSpec, Precision},
     parallel::{
         CacheOptions, EplbOptions, Exchange, ExpertLayout, Owners, ParallelError, Placement, Rank,
@@ -12,7 +12,10 @@ use crate::{
     weights::Source,
 };
 
-use super::LlmOptions;
+use super::{
+    LlmOptions,
+    measure::{self, Candidate},
+};
 
 /// How experts are spread over devices.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -22,8 +25,22 @@ pub enum ExpertPlacement {
     Linear,
     /// Dealt out in turn.
     RoundRobin,
+    /// As measured: devices that make others wait get none.
+    Balanced,
     /// As JSON says, see [`Placement::from_json`].
     Json(String),
+}
+
+async fn open_all(options: &LlmOptions, choices: &[DeviceChoice]) -> Result<Vec<Device>> {
+    let mut devices = Vec::new();
+    for choice in choices {
+        let mut device = Device::open(choice).await?;
+        if let Some(tier) = options.tier {
+            device.shrink(tier);
+        }
+        devices.push(device);
+    }
+    Ok(devices)
 }
 
 impl ExpertPlacement {
@@ -32,6 +49,8 @@ impl ExpertPlacement {
         let layers = spec.moe_layers().map(|(_, moe)| moe.routing.n_experts);
         Ok(match self {
             Self::Linear => layers.map(|n| Owners::linear(n, n_ranks)).collect(),
+            // For devices that are not measured.
+            Self::Balanced => layers.map(|n| Owners::linear(n, n_ranks)).collect(),
             Self::RoundRobin => layers.map(|n| Owners::round_robin(n, n_ranks)).collect(),
             Self::Json(text) => {
                 let (n_layers, n_experts) = (layers.count(), spec.n_experts());
@@ -48,6 +67,10 @@ pub(super) struct Spread {
     devices: Vec<Device>,
     /// By layer that has experts; none if the primary device is alone.
     owners: Vec<Owners>,
+    /// What was measured of them.
+    ranks: Option<Vec<Rank>>,
+    /// The same in words, devices that were left out among them.
+    measured: Vec<String>,
     eplb: Option<EplbOptions>,
     /// The primary device has slots for experts, and the host's memory all of them.
     pub(super) cache: Option<CacheOptions>,
@@ -57,7 +80,11 @@ pub(super) struct Spread {
 
 impl Spread {
     /// Opens the devices of ranks 1, 2, ..., or sizes the only one's cache of experts.
-    pub(super) async fn open(options: &LlmOptions, spec: &ModelSpec) -> Result<Self> {
+    pub(super) async fn open(
+        options: &LlmOptions,
+        spec: &ModelSpec,
+        limits: &Limits,
+    ) -> Result<Self> {
         let choices = &options.expert_devices;
         if spec.n_experts() == 0 {
             return Ok(Self::default());
@@ -72,16 +99,53 @@ impl Spread {
         if choices.is_empty() {
             return Ok(Self::default());
         }
-        let mut devices = Vec::new();
-        for choice in choices {
-            let mut device = Device::open(choice).await?;
-            if let Some(tier) = options.tier {
-                device.shrink(tier);
-            }
-            devices.push(device);
+        if options.expert_placement == ExpertPlacement::Balanced {
+            return Self::measured(options, spec, limits).await;
         }
+        let devices = open_all(options, choices).await?;
         let owners = options.expert_placement.owners(spec, 1 + devices.len())?;
         Ok(Self { devices, owners, eplb: options.eplb, ..Self::default() })
+    }
+
+    /// Only those devices that a measurement gives experts to.
+    async fn measured(options: &LlmOptions, spec: &ModelSpec, limits: &Limits) -> Result<Self> {
+        let candidates = measure::candidates(options, spec, limits).await?;
+        let ranks: Vec<Rank> = candidates.iter().map(|c| c.rank).collect();
+        let placement = measure::choose(spec, &ranks, options.max_num_seqs.max(1))?;
+        let used: Vec<usize> =
+            (0..ranks.len()).filter(|&r| r == 0 || placement.slots(r) > 0).collect();
+        let restrict = |layer: &Owners| {
+            let held = used.iter().map(|&rank| layer.held(rank).to_vec()).collect();
+            Owners::new(layer.n_experts(), held)
+        };
+        let owners = placement.layers().iter().map(restrict).collect::<Result<Vec<_>, _>>()?;
+        let say = |(rank, c): (usize, &Candidate)| {
+            let (n, of) = (placement.slots(rank), spec.n_experts());
+            format!(
+                "{}: {:.0} rows of experts/s, {:.0} us a visit; {n} of {of} experts",
+                c.name,
+                c.rank.speed,
+                c.rank.visit_s * 1e6
+            )
+        };
+        let measured = candidates.iter().enumerate().map(say).collect();
+        let choices: Vec<DeviceChoice> =
+            used[1..].iter().map(|&rank| candidates[rank].choice.clone()).collect();
+        let devices = open_all(options, &choices).await?;
+        let is_alone = devices.is_empty();
+        Ok(Self {
+            devices,
+            owners: if is_alone { Vec::new() } else { owners },
+            ranks: Some(used.iter().map(|&rank| ranks[rank]).collect()),
+            measured,
+            eplb: options.eplb,
+            ..Self::default()
+        })
+    }
+
+    /// What was measured, a line for each device; empty if nothing was.
+    pub(super) fn measurements(&self) -> &[String] {
+        &self.measured
     }
 
     /// What the primary device holds.
@@ -101,8 +165,11 @@ impl Spread {
     /// Who moves experts between the devices, if anybody does.
     pub(super) fn balancer(&self) -> Option<Rebalancer> {
         let (eplb, n_ranks) = (self.eplb?, self.owners.first()?.n_ranks());
-        let slots = |rank| self.share(rank).places(0);
-        let rank = |rank| Rank { slots: slots(rank), speed: 1.0, visit_s: 0.0 };
+        let alike = Rank { slots: 0, speed: 1.0, visit_s: 0.0 };
+        let rank = |rank: usize| {
+            let known = self.ranks.as_ref().and_then(|ranks| ranks.get(rank).copied());
+            Rank { slots: self.share(rank).places(0), ..known.unwrap_or(alike) }
+        };
         let placement = Placement::new(self.owners.clone());
         Some(Rebalancer::new(eplb, (0..n_ranks).map(rank).collect(), placement))
     }
