@@ -10,6 +10,8 @@ mod bad_input;
 mod checkpoints;
 /// The binary: what it prints, where, and its exit codes.
 mod cli;
+/// The server keeps what its OpenAPI document and the files in deploy/ say.
+mod contract;
 /// The shipped model computes what transformers computed for it.
 mod default_model;
 /// Every architecture against its golden, and verify against corrupted goldens.
