@@ -263,7 +263,7 @@ impl Engine {
     fn balance(&mut self) -> Result<()> {
         let Some(balancer) = &mut self.balancer else { return Ok(()) };
         balancer.look(self.counters.steps, &self.experts.tokens)?;
-        if let Some((layer, new)) = balancer.next() {
+        if let Some((layer, new)) = balancer.next_move() {
             let (n, bytes) = self.runner.rearrange(layer, balancer.owners(layer), &new)?;
             balancer.moved(layer, new, n, bytes);
         }

@@ -95,7 +95,7 @@ impl Rebalancer {
     }
 
     /// The next layer to move and its new owners.
-    pub fn next(&mut self) -> Option<(usize, Owners)> {
+    pub fn next_move(&mut self) -> Option<(usize, Owners)> {
         self.pending.pop_front()
     }
 
@@ -133,7 +133,7 @@ mod tests {
     /// Moves all that is pending.
     fn finish(balancer: &mut Rebalancer) -> usize {
         let mut n = 0;
-        while let Some((layer, new)) = balancer.next() {
+        while let Some((layer, new)) = balancer.next_move() {
             assert!((0..8).all(|rank| new.held(rank).len() <= 10));
             balancer.moved(layer, new, 1, 7);
             n += 1;
