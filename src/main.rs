@@ -10,7 +10,13 @@ use clap::Parser;
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     match cli.command.run() {
-        Ok(code) => code,
+        Ok(code) => {
+            #[cfg(feature = "mpi")]
+            if code == ExitCode::SUCCESS {
+                moewe::parallel::cluster::finish();
+            }
+            code
+        }
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

@@ -24,6 +24,14 @@ pub(crate) struct DeviceArgs {
     /// Which device gets which experts: linear, round_robin, balanced (as measured), or a JSON file
     #[arg(long, default_value = "linear")]
     expert_placement: String,
+    /// Let the other ranks of this MPI job, each a `moewe worker`, hold shares of the experts
+    #[cfg(feature = "mpi")]
+    #[arg(long, conflicts_with_all = ["devices", "expert_parallel_size", "expert_cache_memory"])]
+    mpi: bool,
+    /// Seconds that a rank may take to answer before it counts as lost
+    #[cfg(feature = "mpi")]
+    #[arg(long, default_value_t = 60, requires = "mpi")]
+    mpi_timeout: u64,
     /// Steps between looks at the experts' work, after which they move to balance the devices; 0
     /// leaves them where they are
     #[arg(long, default_value_t = 0)]
@@ -83,6 +91,18 @@ impl DeviceArgs {
             devices.resize(n, devices[given - 1].clone());
         }
         Ok(devices)
+    }
+
+    /// How long to wait for the ranks of an MPI job, if there is one.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn mpi(&self) -> Option<std::time::Duration> {
+        self.mpi.then_some(std::time::Duration::from_secs(self.mpi_timeout.max(1)))
+    }
+
+    /// How long to wait for the ranks of an MPI job: this moewe knows none.
+    #[cfg(not(feature = "mpi"))]
+    pub(crate) fn mpi(&self) -> Option<std::time::Duration> {
+        None
     }
 
     /// How experts are balanced over the devices, if they are.

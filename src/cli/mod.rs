@@ -11,6 +11,8 @@ mod run;
 mod serve;
 mod simulate;
 mod verify;
+#[cfg(feature = "mpi")]
+mod worker;
 
 use std::process::ExitCode;
 
@@ -43,6 +45,9 @@ pub(crate) enum Command {
     Bench(bench::Bench),
     /// Load a server with requests and measure what its clients see.
     Load(load::Load),
+    /// Hold experts for rank 0 of an MPI job.
+    #[cfg(feature = "mpi")]
+    Worker(worker::Worker),
     /// Predict a step's time on 1 to 1024 adapters, from sizes and rates.
     Simulate(simulate::Simulate),
     /// List the adapters that `--device` can name.
@@ -59,6 +64,8 @@ impl Command {
             Self::Eval(command) => command.run(),
             Self::Bench(command) => command.run(),
             Self::Load(command) => command.run(),
+            #[cfg(feature = "mpi")]
+            Self::Worker(command) => command.run(),
             Self::Simulate(command) => command.run(),
             Self::Adapters(command) => command.run(),
         }

@@ -103,6 +103,7 @@ impl ModelArgs {
             device: devices.remove(0),
             expert_devices: devices,
             expert_placement: self.devices.placement()?,
+            mpi: self.devices.mpi(),
             eplb: self.devices.eplb(),
             expert_cache: self.devices.cache(),
             tier: self.tier.map(|tier| match tier {

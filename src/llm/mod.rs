@@ -9,10 +9,12 @@ mod grammar;
 mod measure;
 mod memory;
 mod prompt;
+#[cfg(feature = "mpi")]
+mod remote;
 mod spread;
 mod tools;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{
     Result,
@@ -33,6 +35,8 @@ pub use files::{DEFAULT_MODEL, FilesError, locate};
 pub use grammar::{Grammar, GrammarCompiler, GrammarError};
 pub use memory::MemoryPlan;
 pub use prompt::chat_prompt;
+#[cfg(feature = "mpi")]
+pub use remote::serve_experts;
 pub use spread::ExpertPlacement;
 use spread::Spread;
 pub use tools::{tell_tools, tool_format, tool_grammar};
@@ -62,6 +66,9 @@ pub struct LlmOptions {
     pub expert_devices: Vec<DeviceChoice>,
     /// Which experts go where.
     pub expert_placement: ExpertPlacement,
+    /// Let the other ranks of this MPI job hold shares of the experts, and wait so long for each
+    /// answer of theirs; needs the feature `mpi`.
+    pub mpi: Option<Duration>,
     /// Move experts between the devices as their work asks for.
     pub eplb: Option<EplbOptions>,
     /// Keep all experts in the host's memory, and so many bytes of them on the device.
@@ -104,6 +111,7 @@ impl Default for LlmOptions {
             device: DeviceChoice::Auto,
             expert_devices: Vec::new(),
             expert_placement: ExpertPlacement::Linear,
+            mpi: None,
             eplb: None,
             expert_cache: None,
             tier: None,
@@ -258,7 +266,7 @@ impl PlannedLlm {
             precision.activations,
         )?;
         let layout = self.spread.layout();
-        let exchange = self.spread.load(&self.spec, &*source, precision, &self.limits)?;
+        let exchange = self.spread.load(&self.options, &self.spec, &*source, &self.limits)?;
         let model = Model::load_part(
             self.spec,
             &*source,

@@ -31,6 +31,22 @@ pub enum ExpertPlacement {
     Json(String),
 }
 
+/// Ranks of the MPI job, this one included.
+#[cfg(feature = "mpi")]
+fn remote_ranks(choices: &[DeviceChoice]) -> Result<usize> {
+    let cause = "each rank has one device; leave out --devices".to_owned();
+    match choices.is_empty() {
+        true => Ok(crate::parallel::cluster::Cluster::join()?.n_ranks()),
+        false => Err(ParallelError::Cluster { cause }.into()),
+    }
+}
+
+#[cfg(not(feature = "mpi"))]
+fn remote_ranks(_: &[DeviceChoice]) -> Result<usize> {
+    let cause = "this moewe was built without it; build with --features mpi".to_owned();
+    Err(ParallelError::Cluster { cause }.into())
+}
+
 async fn open_all(options: &LlmOptions, choices: &[DeviceChoice]) -> Result<Vec<Device>> {
     let mut devices = Vec::new();
     for choice in choices {
@@ -67,6 +83,8 @@ pub(super) struct Spread {
     devices: Vec<Device>,
     /// By layer that has experts; none if the primary device is alone.
     owners: Vec<Owners>,
+    /// The ranks are those of an MPI job.
+    is_remote: bool,
     /// What was measured of them.
     ranks: Option<Vec<Rank>>,
     /// The same in words, devices that were left out among them.
@@ -90,11 +108,15 @@ impl Spread {
             return Ok(Self::default());
         }
         if let Some(cache) = options.expert_cache {
-            if !choices.is_empty() {
+            if !choices.is_empty() || options.mpi.is_some() {
                 return Err(ParallelError::CacheOnSeveral.into());
             }
             let slots = ExpertCache::slots(spec, Precision::of(options.weights), cache.bytes)?;
             return Ok(Self { cache: Some(cache), slots, ..Self::default() });
+        }
+        if options.mpi.is_some() {
+            let owners = options.expert_placement.owners(spec, remote_ranks(choices)?)?;
+            return Ok(Self { owners, is_remote: true, eplb: options.eplb, ..Self::default() });
         }
         if choices.is_empty() {
             return Ok(Self::default());
@@ -150,7 +172,7 @@ impl Spread {
 
     /// What the primary device holds.
     pub(super) fn layout(&self) -> ExpertLayout {
-        match self.devices.is_empty() {
+        match self.owners.is_empty() {
             true if self.cache.is_some() => ExpertLayout::Cached(self.slots),
             true => ExpertLayout::All,
             false => ExpertLayout::Share(self.share(0)),
@@ -187,14 +209,22 @@ impl Spread {
     /// Loads each device's experts, and those alone.
     pub(super) fn load(
         &mut self,
+        options: &LlmOptions,
         spec: &ModelSpec,
         source: &dyn Source,
-        precision: Precision,
         limits: &Limits,
     ) -> Result<Option<Box<dyn Exchange>>> {
-        if self.devices.is_empty() {
+        if self.owners.is_empty() {
             return Ok(None);
         }
+        if self.is_remote {
+            #[cfg(feature = "mpi")]
+            {
+                let workers = super::remote::load(options, spec, limits, |rank| self.share(rank))?;
+                return Ok(Some(Box::new(Sharded::new(workers, self.owners.clone()))));
+            }
+        }
+        let precision = Precision::of(options.weights);
         let devices = std::mem::take(&mut self.devices).into_iter().enumerate();
         let load = |(i, device): (usize, Device)| -> Result<Box<dyn Worker>> {
             let rank = i + 1;

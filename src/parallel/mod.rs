@@ -4,6 +4,8 @@
 
 mod balance;
 mod cache;
+#[cfg(feature = "mpi")]
+pub mod cluster;
 mod exchange;
 mod owners;
 mod placement;
@@ -59,6 +61,12 @@ pub enum ParallelError {
     CachePolicy {
         /// What was given.
         text: String,
+    },
+    /// A job of several hosts that cannot go on.
+    #[error("the MPI job: {cause}")]
+    Cluster {
+        /// What is wrong.
+        cause: String,
     },
     /// A simulation without the numbers that it needs.
     #[error("this cannot be simulated: {cause}")]
