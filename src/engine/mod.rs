@@ -204,6 +204,7 @@ impl Engine {
             non_finite: counters.non_finite,
             routing_ms: counters.routing_ms,
             experts: self.experts.clone(),
+            owners: self.runner.exchange().and_then(Exchange::owners),
             exchange: self.runner.exchange().map(Exchange::stats),
             eplb: self.balancer.as_ref().map(Rebalancer::stats),
             expert_cache: self.runner.exchange().and_then(Exchange::cache_stats),

@@ -2,7 +2,7 @@
 //! primary device: activations go to the owners of the chosen experts and partial sums come back.
 //! Knows devices and ranks; what a rank computes with is behind [`Worker`].
 
-use std::{collections::HashMap, fmt, time::Duration};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use web_time::Instant;
 
@@ -80,6 +80,11 @@ pub trait Exchange: fmt::Debug + Send {
 
     /// What it has done so far.
     fn stats(&self) -> ExchangeStats;
+
+    /// Who owns which experts, by layer that has some, if they are on several devices.
+    fn owners(&self) -> Option<Arc<Vec<Owners>>> {
+        None
+    }
 
     /// What its caches have done, if it has any.
     fn cache_stats(&self) -> Option<CacheStats> {
@@ -181,7 +186,7 @@ pub struct Sharded {
     /// Ranks from 1 on.
     workers: Vec<Box<dyn Worker>>,
     /// By layer that has experts.
-    owners: Vec<Owners>,
+    owners: Arc<Vec<Owners>>,
     stats: ExchangeStats,
 }
 
@@ -202,7 +207,7 @@ struct Visit {
 impl Sharded {
     /// Workers of ranks 1, 2, ..., and who owns which experts by layer that has some.
     pub fn new(workers: Vec<Box<dyn Worker>>, owners: Vec<Owners>) -> Self {
-        Self { workers, owners, stats: ExchangeStats::default() }
+        Self { workers, owners: Arc::new(owners), stats: ExchangeStats::default() }
     }
 
     /// What each rank gets of a layer; ranks that own no chosen expert are left out.
@@ -315,12 +320,16 @@ impl Exchange for Sharded {
             let moved = worker.rearrange(layer, owners, rank, packed);
             moved.map_err(|e| failed(rank, &e))?;
         }
-        self.owners[layer] = new.clone();
+        Arc::make_mut(&mut self.owners)[layer] = new.clone();
         Ok(())
     }
 
     fn stats(&self) -> ExchangeStats {
         self.stats
+    }
+
+    fn owners(&self) -> Option<Arc<Vec<Owners>>> {
+        Some(self.owners.clone())
     }
 }
 

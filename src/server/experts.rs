@@ -5,7 +5,10 @@ use std::sync::Arc;
 use axum::{Json, extract::State};
 use serde_json::{Value, json};
 
-use crate::engine::{EngineStats, ExpertStats};
+use crate::{
+    engine::{EngineStats, ExpertStats},
+    parallel::Owners,
+};
 
 use super::{
     App,
@@ -115,6 +118,12 @@ fn exchange_metrics(page: &mut Page, stats: &EngineStats) {
     page.gauge("vllm_moe_expert_cache_resident_ratio", help, share);
 }
 
+/// The devices that hold each expert of a layer.
+fn devices(owners: &Owners) -> Vec<Vec<usize>> {
+    let of = |expert| owners.places(expert).map(|(device, _)| device).collect();
+    (0..owners.n_experts()).map(of).collect()
+}
+
 /// `GET /moe/stats`: counts since the start, one row of experts for each layer that has some.
 pub(super) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
     let stats = app.engine.stats();
@@ -122,10 +131,13 @@ pub(super) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
     let rows = experts.tokens.chunks(experts.n_experts.max(1));
     let layers: Vec<Value> = rows
         .zip(&experts.layers)
-        .map(|(tokens, layer)| {
+        .enumerate()
+        .map(|(i, (tokens, layer))| {
+            let owners = stats.owners.as_ref().and_then(|owners| owners.get(i));
             json!({
                 "layer": layer.layer,
                 "tokens": tokens,
+                "devices": owners.map(devices),
                 "slots_used": layer.slots_used,
                 "slots": layer.slots,
                 "active_experts": layer.active,
