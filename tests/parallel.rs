@@ -6,13 +6,17 @@ use std::path::Path;
 use moewe::{
     device::DeviceChoice,
     engine::{Batch, BatchSequence, LogitRows, SamplingParams},
-    llm::{ExpertPlacement, Llm, LlmOptions},
+    llm::{ExpertPlacement, Llm, LlmOptions, PlannedLlm},
     parallel::{EplbOptions, ExchangeStats},
+    server::{App, ServerConfig},
     weights::WeightFormat,
 };
 use safetensors::Dtype;
 
-use crate::checkpoints::{GPU, copy, edit_tensors, golden, gull, options};
+use crate::{
+    checkpoints::{GPU, copy, edit_tensors, golden, gull, options},
+    server::get,
+};
 
 const CPU: DeviceChoice = DeviceChoice::Cpu;
 const F32: WeightFormat = WeightFormat::F32;
@@ -192,4 +196,46 @@ fn experts_move_to_where_the_work_is_balanced() {
         assert_eq!(greedy(&mut llm, 48), expected, "and it stays so");
         assert_eq!(stats(&llm).rebalances, moved.rebalances, "without moving any more");
     }
+}
+
+#[tokio::test]
+async fn the_server_tells_which_device_holds_which_expert() {
+    let options = LlmOptions {
+        max_model_len: Some(64),
+        expert_devices: vec![CPU],
+        expert_placement: ExpertPlacement::RoundRobin,
+        ..options(&gull(), CPU, F32)
+    };
+    let app = App::start(Box::new(move || Llm::open(options.clone())), ServerConfig::default());
+    let app = app.expect("a server");
+    let (_, _, text) = get(&app, "/moe/stats").await;
+    let stats: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let layers = stats["layers"].as_array().expect("layers");
+    assert!(!layers.is_empty());
+    for layer in layers {
+        let devices = layer["devices"].as_array().expect("devices");
+        assert_eq!(devices.len() as u64, stats["n_experts"]);
+        assert!(
+            devices.iter().enumerate().all(|(expert, d)| *d == serde_json::json!([expert % 2]))
+        );
+    }
+}
+
+/// Two devices that are alike, and twins on the CPU: whoever is chosen, the text is the same.
+#[test]
+fn measured_devices_compute_what_one_does() {
+    let dir = golden("qwen3_moe");
+    let mut alone = spread(&dir, &[GPU], ExpertPlacement::Linear);
+    let expected = greedy(&mut alone, 8);
+    let options = LlmOptions {
+        text: false,
+        max_model_len: Some(128),
+        expert_devices: vec![GPU, CPU],
+        expert_placement: ExpertPlacement::Balanced,
+        ..options(&dir, GPU, F32)
+    };
+    let planned = PlannedLlm::new(options).expect("measured");
+    assert_eq!(planned.measurements().len(), 3, "{:?}", planned.measurements());
+    assert!(planned.measurements().iter().all(|line| line.contains("rows of experts/s")));
+    assert_eq!(greedy(&mut planned.load(&|_| {}).expect("a model"), 8), expected);
 }
