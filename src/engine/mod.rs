@@ -113,8 +113,8 @@ impl Engine {
         &mut self.runner
     }
 
-    /// Replaces experts between two steps, all or none; see [`crate::model::pack_experts`]. Requests
-    /// that run go on with them; what was cached of prompts is found no more.
+    /// Replaces experts between two steps, all or none; see [`crate::model::pack_experts`].
+    /// Requests that run go on with them; what was cached of prompts is found no more.
     ///
     /// # Errors
     /// Those of [`Runner::replace_experts`].

@@ -1,5 +1,5 @@
-//! Which of several devices should hold experts: each computes some of the model's size for a moment,
-//! and those that only make others wait are left out.
+//! Which of several devices should hold experts: each computes some of the model's size for a
+//! moment, and those that only make others wait are left out.
 
 use web_time::Instant;
 
@@ -133,8 +133,8 @@ fn measure(
     Ok((n as f64 / (busy - visit).max(1e-9), visit))
 }
 
-/// The placement that is done first: balanced over the devices, or all on the primary one where that
-/// fits and is no slower. `n_rows` are those of a step.
+/// The placement that is done first: balanced over the devices, or all on the primary one where
+/// that fits and is no slower. `n_rows` are those of a step.
 pub(super) fn choose(
     spec: &ModelSpec,
     ranks: &[Rank],

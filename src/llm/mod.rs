@@ -238,7 +238,8 @@ impl PlannedLlm {
         self.spread.describe()
     }
 
-    /// What was measured of each device, in words, where [`ExpertPlacement::Balanced`] asked for it.
+    /// What was measured of each device, in words, where [`ExpertPlacement::Balanced`] asked for
+    /// it.
     pub fn measurements(&self) -> &[String] {
         self.spread.measurements()
     }

@@ -254,8 +254,8 @@ impl<'a> Loader<'a> {
         Ok(Linear { parts })
     }
 
-    /// A bank per group of `n_places` that fits a binding: (first place, matrices). The first places
-    /// are filled with `experts`.
+    /// A bank per group of `n_places` that fits a binding: (first place, matrices). The first
+    /// places are filled with `experts`.
     pub(super) fn banks(
         &mut self,
         experts: &[usize],

@@ -1,5 +1,5 @@
-//! Experts that take the place of loaded ones: found in a checkpoint by their tensors' names, checked
-//! and packed before anything changes.
+//! Experts that take the place of loaded ones: found in a checkpoint by their tensors' names,
+//! checked and packed before anything changes.
 
 use std::collections::HashMap;
 

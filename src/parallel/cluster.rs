@@ -1,6 +1,6 @@
-//! Experts on other hosts: the ranks of an MPI job. Rank 0 has the model, every other rank a share of
-//! the experts, which it reads from its own copy of the checkpoint. One thread of rank 0 makes all
-//! calls to MPI, so that a rank that never answers holds up nobody but that thread.
+//! Experts on other hosts: the ranks of an MPI job. Rank 0 has the model, every other rank a share
+//! of the experts, which it reads from its own copy of the checkpoint. One thread of rank 0 makes
+//! all calls to MPI, so that a rank that never answers holds up nobody but that thread.
 
 use std::{
     collections::HashMap,
@@ -92,8 +92,8 @@ impl Cluster {
     }
 }
 
-/// Ends the job: the other ranks leave, and MPI is shut down. For the end of a program that did well;
-/// one that did not exits without, and takes the job with it.
+/// Ends the job: the other ranks leave, and MPI is shut down. For the end of a program that did
+/// well; one that did not exits without, and takes the job with it.
 pub fn finish() {
     let Some(cluster) = CLUSTER.get().filter(|c| !c.is_broken.load(Ordering::Relaxed)) else {
         return;
@@ -320,7 +320,8 @@ impl Worker for Remote {
 /// Works for rank 0 until that says goodbye. `load` makes what the rank computes with.
 ///
 /// # Errors
-/// [`ParallelError::Cluster`] outside of a job and in rank 0; those of `load`, which rank 0 hears too.
+/// [`ParallelError::Cluster`] outside of a job and in rank 0; those of `load`, which rank 0 hears
+/// too.
 pub fn serve_rank<W: Worker>(load: impl Fn(&Assignment) -> Result<W>) -> Result<()> {
     let started = mpi::initialize_with_threading(Threading::Single);
     let (universe, _) = started.ok_or_else(|| failed("MPI was started before"))?;

@@ -1,6 +1,6 @@
-//! How long a step takes on how many adapters, by arithmetic: every matrix is read once or multiplied
-//! out, whichever takes longer, and every layer of experts costs a trip over the link. Knows the
-//! numbers in a config.json and a data sheet, no device and no weights.
+//! How long a step takes on how many adapters, by arithmetic: every matrix is read once or
+//! multiplied out, whichever takes longer, and every layer of experts costs a trip over the link.
+//! Knows the numbers in a config.json and a data sheet, no device and no weights.
 
 use serde_json::Value;
 

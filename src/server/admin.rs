@@ -1,5 +1,5 @@
-//! `POST /admin/experts`: experts of a safetensors file take the place of loaded ones, while requests
-//! run. Off unless the server was given a folder of such files, and never without a key.
+//! `POST /admin/experts`: experts of a safetensors file take the place of loaded ones, while
+//! requests run. Off unless the server was given a folder of such files, and never without a key.
 
 use std::{
     fs::File,
