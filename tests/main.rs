@@ -6,6 +6,8 @@
 mod bad_checkpoint;
 /// Bad input ends with exit code 1 and a sentence that names the cause, never with a panic.
 mod bad_input;
+/// Load on a server and on the engine: the fields that are reported.
+mod bench;
 /// Checkpoints to test with: those of the tree, edited copies, random ones.
 mod checkpoints;
 /// The binary: what it prints, where, and its exit codes.

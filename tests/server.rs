@@ -234,6 +234,15 @@ impl futures_core::Stream for Silent {
 }
 
 #[tokio::test]
+async fn priorities_are_for_servers_that_order_by_them() {
+    let body = hello(json!({"priority": -3}));
+    check_error(400, Some("priority"), &post(&SHARED, CHAT, &body).await);
+    post_ok(CHAT, &hello(json!({"priority": 0}))).await;
+    let ordered = start(ServerConfig { priorities: true, ..ServerConfig::default() });
+    assert_eq!(post(&ordered, CHAT, &body).await.0, 200);
+}
+
+#[tokio::test]
 async fn keys_open_everything_but_probes_and_the_page() {
     let config = ServerConfig { api_keys: vec!["k1".into(), "k2".into()], ..Default::default() };
     let keyed = start(config);

@@ -4,7 +4,6 @@ mod adapters;
 mod bench;
 mod devices;
 mod eval;
-mod load;
 mod options;
 mod report;
 mod run;
@@ -41,13 +40,11 @@ pub(crate) enum Command {
     Verify(verify::Verify),
     /// Perplexity of a text.
     Eval(eval::Eval),
-    /// Measure tokens per second.
-    Bench(bench::Bench),
-    /// Load a server with requests and measure what its clients see.
-    Load(load::Load),
+    /// Measure tokens per second, of kernels, the engine or a server.
+    Bench(Box<bench::Bench>),
     /// Hold experts for rank 0 of an MPI job.
     #[cfg(feature = "mpi")]
-    Worker(worker::Worker),
+    Worker(Box<worker::Worker>),
     /// Predict a step's time on 1 to 1024 adapters, from sizes and rates.
     Simulate(simulate::Simulate),
     /// List the adapters that `--device` can name.
@@ -63,7 +60,6 @@ impl Command {
             Self::Verify(command) => command.run(),
             Self::Eval(command) => command.run(),
             Self::Bench(command) => command.run(),
-            Self::Load(command) => command.run(),
             #[cfg(feature = "mpi")]
             Self::Worker(command) => command.run(),
             Self::Simulate(command) => command.run(),

@@ -17,5 +17,8 @@ pub(super) async fn document(State(app): State<Arc<App>>) -> Json<Value> {
     let schemas = &mut document["components"]["schemas"];
     schemas["TokenId"]["maximum"] = json!(known.min(app.vocab_size).saturating_sub(1));
     schemas["NewTokens"]["maximum"] = json!(app.max_model_len.saturating_sub(1));
+    if !app.config.priorities {
+        schemas["Priority"] = json!({"type": "integer", "minimum": 0, "maximum": 0});
+    }
     Json(document)
 }

@@ -96,7 +96,7 @@ pub(super) fn read_ask(
         n: fields.int("n", 1..=MAX_N)?.unwrap_or(1) as usize,
         stop: read_stop(fields)?,
         include_stop: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
-        priority: fields.int("priority", i32::MIN.into()..=i32::MAX.into())?.unwrap_or(0) as i32,
+        priority: read_priority(app, fields)?,
         cache_salt: fields.string("cache_salt")?,
         stream,
         include_usage,
@@ -104,6 +104,16 @@ pub(super) fn read_ask(
         return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
         kept_tokens: tools.map_or(Vec::new(), |tools| kept_tokens(app, tools)),
     })
+}
+
+fn read_priority(app: &App, fields: &mut Fields) -> Result<i32, ApiError> {
+    let name = "priority";
+    let priority = fields.int(name, i32::MIN.into()..=i32::MAX.into())?.unwrap_or(0) as i32;
+    if priority != 0 && !app.config.priorities {
+        let message = "this server knows no priorities; start it with --scheduling-policy priority";
+        return Err(ApiError::field(name, message));
+    }
+    Ok(priority)
 }
 
 /// The marks of calls, where the tokenizer holds them as special tokens.
