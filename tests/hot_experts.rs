@@ -156,7 +156,8 @@ fn faults(good: &Tensors) -> Vec<(Vec<u8>, &'static str)> {
         ),
         (whole[..whole.len() - 1].to_vec(), "bytes"),
         (whole[..whole.len() / 2].to_vec(), "bytes"),
-        (flipped, "invalid"),
+        // A letter of a tensor's name.
+        (flipped, "is not in"),
         (file(&Tensors::new()), "no tensor of an expert"),
         (Vec::new(), ""),
     ]

@@ -87,9 +87,9 @@ impl Checkpoint {
     /// # Errors
     /// Those of [`Header::parse`].
     pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Self, WeightsError> {
-        let dir = PathBuf::new();
-        let mut checkpoint = Self { dir, shards: Vec::new(), places: BTreeMap::new() };
-        checkpoint.add_file(name, Box::new(bytes))?;
+        let dir = PathBuf::from(name);
+        let mut checkpoint = Self { dir: dir.clone(), shards: Vec::new(), places: BTreeMap::new() };
+        checkpoint.add_file(dir, Box::new(bytes))?;
         Ok(checkpoint)
     }
 
@@ -98,12 +98,11 @@ impl Checkpoint {
         let path = self.dir.join(name);
         let io = |cause| WeightsError::Io { path: path.clone(), cause };
         let Some(bytes) = files.open(name).map_err(io)? else { return Ok(false) };
-        self.add_file(name, bytes)?;
+        self.add_file(path, bytes)?;
         Ok(true)
     }
 
-    fn add_file(&mut self, name: &str, bytes: Box<dyn FileBytes>) -> Result<(), WeightsError> {
-        let path = self.dir.join(name);
+    fn add_file(&mut self, path: PathBuf, bytes: Box<dyn FileBytes>) -> Result<(), WeightsError> {
         let io = |cause| WeightsError::Io { path: path.clone(), cause };
         let n_bytes = bytes.n_bytes();
         let start = bytes.read(0..Header::n_bytes(&*bytes).map_err(io)?).map_err(io)?;
