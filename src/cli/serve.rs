@@ -7,15 +7,14 @@ use clap::{Args, ValueEnum};
 use moewe::{
     engine::Policy,
     llm::PlannedLlm,
-    server::{App, ServerConfig, listen},
+    server::{App, Death, ServerConfig, listen},
     text::ToolFormat,
 };
 use tokio::{net::TcpListener, sync::watch};
 
 use super::options::{ModelArgs, Weights};
+use crate::{DEVICE_LOST, OUT_OF_MEMORY};
 
-/// The exit code when the device is lost for good, so that a supervisor restarts the server.
-const DEVICE_LOST: u8 = 4;
 /// Steps between timings of the router: rare, as a timed step waits between its kernels.
 const ROUTING_TIMING_INTERVAL: u64 = 256;
 
@@ -126,7 +125,11 @@ impl Serve {
         })?;
         // Tasks of clients that never read must not keep the process.
         runtime.shutdown_timeout(Duration::from_secs(1));
-        Ok(if app.engine.is_dead() { ExitCode::from(DEVICE_LOST) } else { ExitCode::SUCCESS })
+        Ok(match app.engine.death() {
+            None => ExitCode::SUCCESS,
+            Some(Death::DeviceLost) => ExitCode::from(DEVICE_LOST),
+            Some(Death::OutOfMemory) => ExitCode::from(OUT_OF_MEMORY),
+        })
     }
 
     fn config(&self) -> anyhow::Result<ServerConfig> {

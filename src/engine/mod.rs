@@ -16,6 +16,7 @@ use std::{ops::Range, sync::Arc};
 
 use crate::{
     Result,
+    model::{KvCache, Model},
     parallel::{Exchange, PackedExpert, Rebalancer},
 };
 
@@ -47,6 +48,9 @@ pub struct Engine {
     /// The experts' counts as last read.
     last_counts: Vec<u32>,
     balancer: Option<Rebalancer>,
+    kv_block_bytes: u64,
+    /// Of the banks: allocated and used.
+    expert_bytes: (u64, u64),
 }
 
 /// A submitted step, and whose its rows of logits are.
@@ -79,7 +83,7 @@ impl Engine {
         let limits = *runner.limits();
         let kv = runner.kv();
         let blocks = BlockPool::new(kv.n_blocks, kv.block_size, config.prefix_caching);
-        let spec = &runner.model().spec;
+        let Model { spec, precision, .. } = runner.model();
         Self {
             scheduler: Scheduler::new(limits, blocks, config.policy),
             config,
@@ -90,6 +94,8 @@ impl Engine {
             experts: Arc::new(ExpertStats::new(spec)),
             last_counts: Vec::new(),
             balancer: None,
+            kv_block_bytes: KvCache::block_bytes(spec, kv.block_size, precision.activations),
+            expert_bytes: runner.model().expert_bytes(),
             runner,
         }
     }
@@ -185,6 +191,15 @@ impl Engine {
         Ok(room)
     }
 
+    /// Whether steps can be expected to work, as far as the driver knows; cheap enough to ask while
+    /// there is nothing to do.
+    ///
+    /// # Errors
+    /// [`crate::device::DeviceError`] if the device has failed.
+    pub fn probe(&mut self) -> Result<()> {
+        Ok(self.runner.device().probe()?)
+    }
+
     /// What the engine has counted about itself.
     pub fn stats(&self) -> EngineStats {
         let (scheduler, counters) = (&self.scheduler, &self.counters);
@@ -195,6 +210,10 @@ impl Engine {
             kv_blocks_used: scheduler.pool.usable() - scheduler.pool.n_free(),
             block_size: scheduler.pool.block_size,
             kv_positions_empty: scheduler.positions_empty(),
+            kv_block_bytes: self.kv_block_bytes,
+            expert_bytes: self.expert_bytes.0,
+            expert_bytes_used: self.expert_bytes.1,
+            device_bytes: self.runner.device_bytes(),
             prefix_queries: scheduler.prefix_queries,
             prefix_hits: scheduler.prefix_hits,
             preemptions: scheduler.preemptions,

@@ -18,7 +18,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{
     Result,
-    device::{Device, DeviceChoice, Tier},
+    device::{Device, DeviceChoice, Faults, Tier},
     engine::{Engine, EngineConfig, Runner, SamplingParams},
     model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Precision, pack_experts},
     parallel::{CacheOptions, EplbOptions, Exchange},
@@ -242,6 +242,11 @@ impl PlannedLlm {
     /// it.
     pub fn measurements(&self) -> &[String] {
         self.spread.measurements()
+    }
+
+    /// Makes the primary device fail, for tests.
+    pub fn faults(&self) -> Faults {
+        self.device.faults()
     }
 
     /// Loads weights; `progress` hears of bytes uploaded.

@@ -40,6 +40,14 @@ impl Banks {
     pub(super) fn read(&self, device: &mut Device, place: usize) -> Result<Vec<u8>> {
         Ok(device.read_all(&self.parts(place)).wait_now()?)
     }
+
+    /// Bytes that are allocated, and those of them that hold weights or scales of experts with
+    /// `hidden` inputs and outputs and this width between.
+    pub(super) fn bytes(&self, hidden: usize, width: usize) -> (u64, u64) {
+        let gate_up = self.gate_up.iter().map(|(_, bank)| bank.bytes(2 * width, hidden));
+        let down = self.down.iter().map(|(_, bank)| bank.bytes(hidden, width));
+        gate_up.chain(down).fold((0, 0), |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1))
+    }
 }
 
 fn parts(banks: &[(usize, Matrix)], place: usize) -> Vec<Tensor> {

@@ -249,6 +249,11 @@ impl RoutedExperts {
         self.held.iter().position(|&held| held == expert)
     }
 
+    /// Bytes of the banks: allocated, and without padding.
+    pub(super) fn bytes(&self, hidden: usize) -> (u64, u64) {
+        self.banks.bytes(hidden, self.width)
+    }
+
     /// Adds the weighted outputs of the experts that are here for `x` `[n, hidden]` to `out`.
     /// `ids` are places in the banks, -1 where an expert is elsewhere.
     pub(super) fn record(

@@ -41,6 +41,21 @@ fn imbalance(experts: &ExpertStats) -> f64 {
     if ratios.is_empty() { 1.0 } else { ratios.iter().sum::<f64>() / ratios.len() as f64 }
 }
 
+/// Bytes that are allocated and hold nothing, over those that are allocated.
+fn fragmentation(stats: &EngineStats) -> [(&'static str, f64); 3] {
+    let kv = stats.kv_blocks_used as f64 * stats.kv_block_bytes as f64;
+    let position = stats.kv_block_bytes as f64 / stats.block_size.max(1) as f64;
+    let kv_empty = stats.kv_positions_empty as f64 * position;
+    let experts = stats.expert_bytes as f64;
+    let padding = experts - stats.expert_bytes_used as f64;
+    let share = |empty: f64, allocated: f64| if allocated > 0.0 { empty / allocated } else { 0.0 };
+    [
+        ("all", share(kv_empty + padding, kv + experts)),
+        ("kv_cache", share(kv_empty, kv)),
+        ("experts", share(padding, experts)),
+    ]
+}
+
 /// Adds the experts' metrics to a page.
 pub(super) fn metrics(page: &mut Page, stats: &EngineStats, per_expert: bool) {
     let experts = &stats.experts;
@@ -54,10 +69,11 @@ pub(super) fn metrics(page: &mut Page, stats: &EngineStats, per_expert: bool) {
     page.gauge("vllm_moe_routing_latency_ms", help, stats.routing_ms.unwrap_or(0.0));
     let help = "Largest expert load over the mean, averaged over layers.";
     page.gauge("vllm_moe_token_imbalance", help, imbalance(experts));
-    let positions = (stats.kv_blocks_used * stats.block_size).max(1) as f64;
-    let help = "Share of the positions in owned KV cache blocks that hold nothing.";
-    let empty = stats.kv_positions_empty as f64 / positions;
-    page.gauge("vllm_moe_memory_fragmentation", help, empty);
+    let help = "Allocated minus used over allocated: owned KV cache blocks, and expert banks.";
+    let shares = fragmentation(stats).map(|(of, share)| (label("of", of), share));
+    page.series("vllm_moe_memory_fragmentation", "gauge", help, shares);
+    let help = "Bytes of all buffers on the device.";
+    page.gauge("vllm_moe_device_bytes", help, stats.device_bytes as f64);
     exchange_metrics(page, stats);
     if per_expert && experts.n_experts > 0 {
         let series = experts.tokens.iter().enumerate().map(|(i, &tokens)| {
