@@ -22,6 +22,8 @@ mod default_model;
 mod faults;
 /// Every architecture against its golden, and verify against corrupted goldens.
 mod goldens;
+/// Experts replaced in a running model: all of a file or none, with requests in flight.
+mod hot_experts;
 /// Results do not depend on batches, chunks, preemption, block size, device or run.
 mod invariance;
 /// A damaged config.json or safetensors header never panics, hangs or loads as garbage.
@@ -30,6 +32,8 @@ mod mutations;
 mod offload;
 /// Experts on several devices give what one device gives.
 mod parallel;
+/// Devices that fail while they share experts are named, and nothing hangs.
+mod parallel_faults;
 /// Runs the binary and holds its output.
 mod program;
 /// Quantised models compute what the originals compute in int8.

@@ -9,7 +9,10 @@ mod quantize;
 mod report;
 mod run;
 mod serve;
+mod simulate;
 mod verify;
+#[cfg(feature = "mpi")]
+mod worker;
 
 use std::process::ExitCode;
 
@@ -42,6 +45,11 @@ pub(crate) enum Command {
     Quantize(quantize::Quantize),
     /// Measure tokens per second, of kernels, the engine or a server.
     Bench(Box<bench::Bench>),
+    /// Hold experts for rank 0 of an MPI job.
+    #[cfg(feature = "mpi")]
+    Worker(Box<worker::Worker>),
+    /// Predict a step's time on 1 to 1024 adapters, from sizes and rates.
+    Simulate(simulate::Simulate),
     /// List the adapters that `--device` can name.
     Adapters(adapters::Adapters),
 }
@@ -56,6 +64,9 @@ impl Command {
             Self::Eval(command) => command.run(),
             Self::Bench(command) => command.run(),
             Self::Quantize(command) => command.run(),
+            #[cfg(feature = "mpi")]
+            Self::Worker(command) => command.run(),
+            Self::Simulate(command) => command.run(),
             Self::Adapters(command) => command.run(),
         }
     }

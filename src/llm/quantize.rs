@@ -101,7 +101,10 @@ pub fn quantize(
     let written = serialize_to_file(parts, metadata, &unfinished)
         .map_err(io::Error::other)
         .and_then(|()| match writer.failure.get() {
-            None => fs::rename(&unfinished, &path),
+            // The writing library lets nobody else read what it writes.
+            None => fs::metadata(out.join("config.json"))
+                .and_then(|like| fs::set_permissions(&unfinished, like.permissions()))
+                .and_then(|()| fs::rename(&unfinished, &path)),
             Some(_) => fs::remove_file(&unfinished),
         });
     if let Some(error) = writer.failure.into_inner() {
