@@ -37,7 +37,7 @@ pub struct AlignShape {
     pub n_entries: usize,
     /// Experts, at most 1024.
     pub n_experts: usize,
-    /// Rows of one block: a power of two from 8 to 128.
+    /// Rows of one block: a multiple of 8 up to 128.
     pub block_size: usize,
 }
 
@@ -79,7 +79,9 @@ impl Aligned {
     ) -> Result<Self, DeviceError> {
         let shape = |block_size| AlignShape { n_entries: n_tokens * top_k, n_experts, block_size };
         // Small blocks are many, large ones have more padding.
-        let (small, large) = (shape(*block_sizes.start()), shape(*block_sizes.end()));
+        let small = shape(*block_sizes.start());
+        let large = block_sizes.step_by(8).map(shape).max_by_key(AlignShape::max_pad);
+        let large = large.expect("block sizes from 8 to 128");
         let mut alloc = |what, n, dtype| device.alloc(what, &[n], dtype);
         Ok(Self {
             sorted_token_ids: alloc("sorted_token_ids", large.max_pad(), DType::I32)?,
@@ -140,7 +142,7 @@ pub struct AlignExperts {
     pub ids: Tensor,
     /// Ids from here on are skipped; at most 1024.
     pub n_experts: usize,
-    /// A power of two from 8 to 128.
+    /// A multiple of 8 up to 128.
     pub block_size: usize,
     /// Results; they may be longer than needed, and are filled to their ends.
     pub out: Aligned,
@@ -173,7 +175,7 @@ impl Kernel for AlignExperts {
         let shape = AlignShape { n_entries: ids.len(), n_experts, block_size };
         assert!((1..=MAX_EXPERTS).contains(&n_experts), "{n_experts} experts");
         assert!((1..=MAX_ENTRIES).contains(&shape.n_entries), "{} entries", shape.n_entries);
-        assert!(block_size.is_power_of_two() && (8..=128).contains(&block_size), "{block_size}");
+        assert!(block_size.is_multiple_of(8) && (8..=128).contains(&block_size), "{block_size}");
         assert!(out.sorted_token_ids.len() >= shape.max_pad(), "{shape:?}");
         assert!(out.expert_ids.len() >= shape.max_blocks(), "{shape:?}");
         assert!(out.scratch.len() >= shape.scratch_len(), "{shape:?}");
@@ -301,6 +303,7 @@ mod tests {
                 [341, 3, 60, 32],
                 [2256, 2, 32, 32],
                 [4096, 2, 1000, 8],
+                [700, 8, 128, 48],
                 [4096, 16, 256, 128],
             ] {
                 record(bench, rec, n, 0, UNIFORM);

@@ -23,11 +23,14 @@ pub const GEMV_TOKENS: usize = 16;
 pub(super) enum Tile {
     /// f32 sums in registers: 32 or 16 activation rows.
     Simt,
-    /// Cooperative matrices of f16 with f32 sums: 16, 32, 64 or 128 activation rows.
+    /// Cooperative matrices of f16 with f32 sums: [`Tile::HEIGHTS`] activation rows.
     Coop,
 }
 
 impl Tile {
+    /// Activation rows of cooperative tiles.
+    pub(super) const HEIGHTS: [usize; 6] = [16, 32, 48, 64, 96, 128];
+
     /// The best that the device, the weights and the activations allow.
     pub(super) fn of(caps: &Caps, format: WeightFormat, activations: DType) -> Self {
         // The shader counts on four subgroups of 32.
@@ -45,7 +48,9 @@ impl Tile {
                 let coop = match tokens {
                     16 => "16",
                     32 => "32",
+                    48 => "48",
                     64 => "64",
+                    96 => "96",
                     _ => "128",
                 };
                 shader.slot("tile", "coop").slot("coop", coop)
@@ -59,6 +64,19 @@ impl Tile {
                     .set("WIDE", tokens > TILE_TOKENS / 2)
             }
         }
+    }
+
+    /// Whether the tile can take gates and ups together and give their gated product.
+    pub(super) fn gates(self) -> bool {
+        self == Self::Coop
+    }
+}
+
+/// Tiles of `rows` weight rows, of which half are gates if `gated`.
+pub(super) fn columns(rows: usize, gated: bool) -> u32 {
+    match gated {
+        true => (rows / 2).div_ceil(TILE_ROWS / 2) as u32,
+        false => rows.div_ceil(TILE_ROWS) as u32,
     }
 }
 
@@ -77,8 +95,15 @@ pub struct Gemm {
     pub out: Tensor,
     /// First column of `out`; a multiple of 4.
     pub out_col: usize,
-    /// `Set` or `Add`; for a gated product, `silu_mul` follows.
+    /// `Gated` only without a bias and where [`Gemm::gates`]; elsewhere `silu_mul` follows.
     pub store: Store,
+}
+
+impl Gemm {
+    /// Whether this kernel can store the gated product of such a matrix by itself.
+    pub fn gates(caps: &Caps, format: WeightFormat, activations: DType) -> bool {
+        Tile::of(caps, format, activations).gates()
+    }
 }
 
 /// Pushes the product as [`Gemv`] where `x` has few rows, else as it is.
@@ -124,9 +149,10 @@ impl Kernel for Gemm {
     }
 
     fn launch(&self, caps: &Caps) -> Launch<GemmParams> {
-        assert_ne!(self.store, Store::Gated, "gemm does not gate; use gemm and silu_mul");
         let n_tokens = self.x.rows();
         let tile = Tile::of(caps, self.weights.format, self.x.dtype);
+        let gated = self.store == Store::Gated;
+        assert!(!gated || (tile.gates() && self.bias.is_none()), "use gemm and silu_mul");
         let (tokens, step) = match tile {
             Tile::Simt if n_tokens <= TILE_TOKENS / 2 => (TILE_TOKENS / 2, TILE_TOKENS),
             Tile::Simt => (TILE_TOKENS, TILE_TOKENS),
@@ -141,7 +167,8 @@ impl Kernel for Gemm {
             .slot("act", float_slot(self.x.dtype, caps))
             .slot("out", float_slot(self.out.dtype, caps))
             .set("BIAS", self.bias.is_some())
-            .set("ADD", self.store == Store::Add);
+            .set("ADD", self.store == Store::Add)
+            .set("GATED", gated);
         Launch {
             shader,
             params: GemmParams {
@@ -160,7 +187,7 @@ impl Kernel for Gemm {
                 Binding::read(self.x),
                 Binding::write(self.out),
             ],
-            grid: [self.weights.rows.div_ceil(TILE_ROWS) as u32, n_tokens.div_ceil(step) as u32, 1],
+            grid: [columns(self.weights.rows, gated), n_tokens.div_ceil(step) as u32, 1],
         }
     }
 
@@ -175,9 +202,10 @@ impl Kernel for Gemm {
             out_stride4,
             out_col4,
         } = p;
+        let gated = io.shader.override_value("GATED") == Some(1);
         let p = GemvParams {
             n_tokens,
-            n_rows,
+            n_rows: if gated { n_rows / 2 } else { n_rows },
             n_chunks,
             scales_per_row,
             x_stride4,
@@ -195,7 +223,7 @@ mod tests {
     use crate::device::Allocate as _;
     use crate::{
         device::DType::{F16, F32, U8},
-        kernels::testing::{FORMATS, check, gpu},
+        kernels::testing::{FORMATS, check, check_matrix, gpu},
         weights::WeightFormat,
     };
 
@@ -229,6 +257,23 @@ mod tests {
                     let x = bench.activations(33, 100, F16);
                     let out = bench.normal(&[33, 96], dtype);
                     let store = Store::Add;
+                    let gemm =
+                        Gemm { label: "test", weights, bias: None, x, out, out_col: 0, store };
+                    rec.push(gemm);
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn gated_products() {
+        for format in &FORMATS[1..] {
+            check_matrix(1e-6, |bench, rec| {
+                for (n_tokens, rows, cols) in [(17, 320, 96), (300, 64, 160), (40, 8192, 32)] {
+                    let weights = bench.matrix(*format, 1, rows, cols);
+                    let x = bench.activations(n_tokens, cols, F16);
+                    let out = bench.normal(&[n_tokens, rows / 2], F16);
+                    let store = Store::Gated;
                     let gemm =
                         Gemm { label: "test", weights, bias: None, x, out, out_col: 0, store };
                     rec.push(gemm);

@@ -281,7 +281,8 @@ impl RoutedExperts {
         let aligned =
             aligned.reshape(AlignShape { n_entries: n_slots, n_experts: n_held, block_size });
         align_experts(rec, ids, n_held, block_size, &aligned);
-        let gemm = |label, first_expert, bank, x, divide, weights, out| ExpertGemm {
+        let gated = ExpertGemm::gates(rec.caps(), format, x.dtype);
+        let gemm = |label, first_expert, bank, x, divide, weights, out, gated| ExpertGemm {
             label,
             bank,
             first_expert,
@@ -292,15 +293,19 @@ impl RoutedExperts {
             num_tokens_post_pad: aligned.num_tokens_post_pad,
             weights,
             out,
+            gated,
             block_size,
             n_slots,
         };
         for &(first, bank) in &self.banks.gate_up {
-            rec.push(gemm("gate_up", first, bank, x, self.routing.top_k, None, both));
+            let out = if gated { inner } else { both };
+            rec.push(gemm("gate_up", first, bank, x, self.routing.top_k, None, out, gated));
         }
-        rec.push(SiluMul { x: both, out: inner });
+        if !gated {
+            rec.push(SiluMul { x: both, out: inner });
+        }
         for &(first, bank) in &self.banks.down {
-            rec.push(gemm("down", first, bank, inner, 1, Some(weights), out));
+            rec.push(gemm("down", first, bank, inner, 1, Some(weights), out, false));
         }
         rec.push(CombineExperts { x: out, ids, out: residual });
     }
