@@ -1,7 +1,8 @@
 // A tile of TILE_TOKENS activation rows times TILE_ROWS weight rows by four subgroups of 32 threads,
 // in cooperative matrices of 16 x 16: f16 operands, f32 sums. Both operands pass through workgroup
 // memory STEP columns at a time; the next ones are in registers meanwhile. Weights are widened to
-// f16 on the way; scales of whole rows are applied to the sums. Interface as in tile_simt.wgsl.
+// f16 on the way, those in f32 split into two f16 that add up to 22 bits; scales of whole rows are
+// applied to the sums. Interface as in tile_simt.wgsl.
 //
 // If GATED, half of the tile's weight rows are gates and the other half the ups of the same
 // features, and `store` gets silu(gate) * up: a tile has TILE_ROWS / 2 features.
@@ -16,8 +17,7 @@ enable wgpu_cooperative_matrix;
 alias MatrixX = coop_mat16x16<f16, A>;
 alias MatrixW = coop_mat16x16<f16, B>;
 alias MatrixSum = coop_mat16x16<f32, C>;
-// Eight f16.
-alias x_vec = vec4<u32>;
+alias x_vec = vec4<f16>;
 
 const THREADS: u32 = 128u;
 const NO_ROW: u32 = 0xffffffffu;
@@ -26,11 +26,11 @@ const SUM_COLS: u32 = FN * 16u;
 const HALF: u32 = SUM_COLS / 2u;
 const TILE_ROWS: u32 = 4u / SG_M * SUM_COLS;
 
-// Columns at a time: 16-byte vectors of eight f16 in a row, chunks of packed weights in a row.
+// Columns at a time: in groups of eight, and chunks of packed weights in a row.
 const STEP8: u32 = min(STEP, CHUNK * 8u) / 8u;
 const STEP_CHUNKS: u32 = STEP8 * 8u / CHUNK;
-// An odd number of vectors from row to row: eight rows then lie in different memory banks.
-const STRIDE: u32 = STEP8 + 1u;
+// From row to row in vec4s. With an odd number of groups eight rows lie in different memory banks.
+const STRIDE: u32 = 2u * STEP8 + 2u;
 // Rows that all threads load together, and loads per thread and step.
 const X_ROWS: u32 = THREADS / STEP8;
 const W_ROWS: u32 = THREADS / STEP_CHUNKS;
@@ -38,23 +38,31 @@ const X_LOADS: u32 = (TILE_TOKENS + X_ROWS - 1u) / X_ROWS;
 const W_LOADS: u32 = TILE_ROWS / W_ROWS;
 // Tokens between two matrices of tokens of a subgroup.
 const M_STEP: u32 = SG_M * 16u;
-const SUM_STRIDE: u32 = SUM_COLS / 4u;
+// Rows of two matrices side by side as a subgroup stores them, in vec4s.
+const SUM_STRIDE: u32 = 9u;
 
-// First the bits of f16: [TILE_TOKENS + TILE_ROWS, STRIDE] rows of x and weights. Then f32 sums:
-// [4 subgroups, 16 tokens, SUM_STRIDE].
+// Rows of x, of weights, of what rounding them to f16 has left if they are f32.
 const W_TILE: u32 = TILE_TOKENS * STRIDE;
-var<workgroup> staged: array<vec4<f32>, max(W_TILE + TILE_ROWS * STRIDE, 64u * SUM_STRIDE)>;
+const REST: u32 = TILE_ROWS * STRIDE;
+const STAGED: u32 = W_TILE + REST * (1u + 4u / CHUNK);
+var<workgroup> staged: array<vec4<f16>, STAGED>;
+var<workgroup> sums: array<vec4<f32>, 64u * SUM_STRIDE>;  // [4 subgroups, 16 tokens]
 
-// Where the thread's vectors of x and chunks of weights begin, and what it has prefetched.
+// Where the thread's groups of x and chunks of weights begin, and what it has prefetched.
 var<private> x_at0: u32; var<private> x_at1: u32; var<private> x_at2: u32; var<private> x_at3: u32;
-var<private> x0: vec4<u32>; var<private> x1: vec4<u32>;
-var<private> x2: vec4<u32>; var<private> x3: vec4<u32>;
+var<private> x0: Group; var<private> x1: Group; var<private> x2: Group; var<private> x3: Group;
 var<private> w_row0: u32; var<private> w_row1: u32; var<private> w_row2: u32; var<private> w_row3: u32;
 var<private> w_row4: u32; var<private> w_row5: u32; var<private> w_row6: u32; var<private> w_row7: u32;
 var<private> w0: vec4<u32>; var<private> w1: vec4<u32>;
 var<private> w2: vec4<u32>; var<private> w3: vec4<u32>;
 var<private> w4: vec4<u32>; var<private> w5: vec4<u32>;
 var<private> w6: vec4<u32>; var<private> w7: vec4<u32>;
+
+// Eight columns of a row.
+struct Group {
+    a: vec4<f16>,
+    b: vec4<f16>,
+}
 
 // The subgroup's sums: FM x FN matrices.
 var<private> c00: MatrixSum; var<private> c01: MatrixSum;
@@ -72,7 +80,7 @@ fn x_col(lid: u32) -> u32 { return lid / 8u % STEP8; }
 fn w_row(i: u32, lid: u32) -> u32 { return lid % 8u + lid / (8u * STEP_CHUNKS) * 8u + i * W_ROWS; }
 fn w_col(lid: u32) -> u32 { return lid / 8u % STEP_CHUNKS; }
 
-// The thread's i-th row of x, in vectors. Rows of padding read the first row, without a branch;
+// The thread's i-th row of x, in groups. Rows of padding read the first row, without a branch;
 // their sums are not stored.
 fn x_start(i: u32, lid: u32) -> u32 {
     let row = x_row(i, lid);
@@ -96,17 +104,21 @@ fn w_start(i: u32, first: u32, last: u32, lid: u32) -> u32 {
     return weight_row(w_row(i, lid), first, last);
 }
 
-fn load_x(i: u32, at: u32, chunk: u32, lid: u32) -> vec4<u32> {
+fn load_x(i: u32, at: u32, chunk: u32, lid: u32) -> Group {
     if (i < X_LOADS) {
-        let col = chunk * CHUNK / 8u + x_col(lid);
+        var col = chunk * CHUNK / 8u + x_col(lid);
+        var live = true;
         if (STEP8 > 4u) {
             // The last step may be short: what follows counts as zero.
             let end = p.n_chunks * CHUNK / 8u;
-            return select(vec4(0u), x[at + min(col, end - 1u)], col < end);
+            live = col < end;
+            col = min(col, end - 1u);
         }
-        return x[at + col];
+        let a = x[2u * (at + col)];
+        let b = x[2u * (at + col) + 1u];
+        return Group(select(vec4<f16>(), a, live), select(vec4<f16>(), b, live));
     }
-    return vec4(0u);
+    return Group();
 }
 
 fn load_w(i: u32, row: u32, chunk: u32, lid: u32) -> vec4<u32> {
@@ -135,30 +147,33 @@ fn load_step(chunk: u32, lid: u32) {
     w7 = load_w(7u, w_row7, chunk, lid);
 }
 
-fn stage_x(i: u32, v: vec4<u32>, lid: u32) {
+fn stage_x(i: u32, v: Group, lid: u32) {
     let row = x_row(i, lid);
     if (i < X_LOADS && (TILE_TOKENS % X_ROWS == 0u || row < TILE_TOKENS)) {
-        staged[row * STRIDE + x_col(lid)] = bitcast<vec4<f32>>(v);
+        let to = row * STRIDE + 2u * x_col(lid);
+        staged[to] = v.a;
+        staged[to + 1u] = v.b;
     }
-}
-
-fn halves(a: vec4<f32>, b: vec4<f32>) -> vec4<f32> {
-    return bitcast<vec4<f32>>(vec4(pack2x16float(a.xy), pack2x16float(a.zw),
-                                   pack2x16float(b.xy), pack2x16float(b.zw)));
 }
 
 fn stage_w(i: u32, v: vec4<u32>, row: u32, chunk: u32, lid: u32) {
     if (i < W_LOADS) {
-        let to = W_TILE + w_row(i, lid) * STRIDE + w_col(lid) * (CHUNK / 8u);
-        if (CHUNK == 8u) {
-            staged[to] = bitcast<vec4<f32>>(v);
-        } else {
-            var scale = 1.0;
-            if (!scale_is_per_row()) {
-                scale = weight_scale(row, min(chunk + w_col(lid), p.n_chunks - 1u));
-            }
-            staged[to] = halves(weight4(v, 0u) * scale, weight4(v, 1u) * scale);
-            staged[to + 1u] = halves(weight4(v, 2u) * scale, weight4(v, 3u) * scale);
+        let to = W_TILE + w_row(i, lid) * STRIDE + w_col(lid) * (CHUNK / 4u);
+        var scale = 1.0;
+        if (!scale_is_per_row()) {
+            scale = weight_scale(row, min(chunk + w_col(lid), p.n_chunks - 1u));
+        }
+        let w = weight4(v, 0u) * scale;
+        staged[to] = vec4<f16>(w);
+        if (CHUNK == 4u) {
+            staged[to + REST] = vec4<f16>(w - vec4<f32>(vec4<f16>(w)));
+        }
+        if (CHUNK > 4u) {
+            staged[to + 1u] = vec4<f16>(weight4(v, 1u) * scale);
+        }
+        if (CHUNK > 8u) {
+            staged[to + 2u] = vec4<f16>(weight4(v, 2u) * scale);
+            staged[to + 3u] = vec4<f16>(weight4(v, 3u) * scale);
         }
     }
 }
@@ -226,51 +241,59 @@ fn multiply(x_at: u32, w_at: u32) {
     }
 }
 
-// Passes a row of matrices, tokens `token`.. of the tile, to `store`.
-fn store_row(m0: MatrixSum, m1: MatrixSum, m2: MatrixSum, m3: MatrixSum, token: u32, sg_row: u32,
-             first: u32, last: u32, lid: u32) {
-    let sums = lid / 32u * 16u * SUM_STRIDE;
+// Passes two matrices of sums, tokens `token`.. of the tile, to `store`: features `feature`.. and
+// the next 16; if GATED, the gates and the ups of 16 features.
+fn store_pair(m0: MatrixSum, m1: MatrixSum, token: u32, feature: u32, first: u32, last: u32,
+              lid: u32) {
+    let begin = lid / 32u * 16u * SUM_STRIDE;
     let stride = SUM_STRIDE;
-    let at0 = sums;
-    let at1 = sums + 4u;
-    let at2 = sums + 8u;
-    let at3 = sums + 12u;
+    let at0 = begin;
+    let at1 = begin + 4u;
     let d0 = m0;
     let d1 = m1;
-    coopStoreT(d0, &staged[at0], stride);
-    coopStoreT(d1, &staged[at1], stride);
-    if (FN > 2u) {
-        let d2 = m2;
-        let d3 = m3;
-        coopStoreT(d2, &staged[at2], stride);
-        coopStoreT(d3, &staged[at3], stride);
-    }
+    coopStoreT(d0, &sums[at0], stride);
+    coopStoreT(d1, &sums[at1], stride);
     workgroupBarrier();
-    var cols4 = SUM_STRIDE;
     if (GATED) {
-        cols4 = HALF / 4u;
-    }
-    for (var i = lid % 32u; i < 16u * cols4; i += 32u) {
-        let t = i / cols4;
-        let row4 = i % cols4;
-        var sum = staged[sums + t * SUM_STRIDE + row4];
-        if (GATED) {
-            let feature = sg_row / 2u + row4 * 4u;
-            let r = min(first + feature, last);
-            var up = staged[sums + t * SUM_STRIDE + row4 + HALF / 4u];
+        for (var i = lid % 32u; i < 64u; i += 32u) {
+            let at = begin + i / 4u * SUM_STRIDE + i % 4u;
+            let col = feature + i % 4u * 4u;
+            var gate = sums[at];
+            var up = sums[at + 4u];
             if (scale_is_per_row()) {
-                sum *= row_scales(r);
-                up *= row_scales(r + p.n_rows / 2u);
+                let row = min(first + col, last);
+                gate *= row_scales(row);
+                up *= row_scales(row + p.n_rows / 2u);
             }
-            store(token + t, feature, sum / (1.0 + exp(-sum)) * up);
-        } else {
+            store(token + i / 4u, col, gate / (1.0 + exp(-gate)) * up);
+        }
+    } else {
+        for (var i = lid % 32u; i < 128u; i += 32u) {
+            let col = feature + i % 8u * 4u;
+            var sum = sums[begin + i / 8u * SUM_STRIDE + i % 8u];
             if (scale_is_per_row()) {
-                sum *= row_scales(min(first + sg_row + row4 * 4u, last));
+                sum *= row_scales(min(first + col, last));
             }
-            store(token + t, sg_row + row4 * 4u, sum);
+            store(token + i / 8u, col, sum);
         }
     }
     workgroupBarrier();
+}
+
+// Passes a row of matrices, tokens `token`.. of the tile, to `store`.
+fn store_row(m0: MatrixSum, m1: MatrixSum, m2: MatrixSum, m3: MatrixSum, token: u32, sg_row: u32,
+             first: u32, last: u32, lid: u32) {
+    if (GATED && FN > 2u) {
+        store_pair(m0, m2, token, sg_row / 2u, first, last, lid);
+        store_pair(m1, m3, token, sg_row / 2u + 16u, first, last, lid);
+    } else if (GATED) {
+        store_pair(m0, m1, token, sg_row / 2u, first, last, lid);
+    } else {
+        store_pair(m0, m1, token, sg_row, first, last, lid);
+        if (FN > 2u) {
+            store_pair(m2, m3, token, sg_row + 32u, first, last, lid);
+        }
+    }
 }
 
 fn row_scales(row: u32) -> vec4<f32> {
@@ -307,16 +330,20 @@ fn tile(first: u32, last: u32, lid: u32) {
             load_step(next, lid);
         }
         multiply(x_at, w_at);
-        multiply(x_at + 2u, w_at + 2u);
+        multiply(x_at + 4u, w_at + 4u);
+        if (CHUNK == 4u) {
+            multiply(x_at, w_at + REST);
+            multiply(x_at + 4u, w_at + REST + 4u);
+        }
         if (STEP8 > 4u) {
-            multiply(x_at + 4u, w_at + 4u);
-            multiply(x_at + 6u, w_at + 6u);
+            multiply(x_at + 8u, w_at + 8u);
+            multiply(x_at + 12u, w_at + 12u);
         }
         if (STEP8 > 8u) {
-            multiply(x_at + 8u, w_at + 8u);
-            multiply(x_at + 10u, w_at + 10u);
-            multiply(x_at + 12u, w_at + 12u);
-            multiply(x_at + 14u, w_at + 14u);
+            multiply(x_at + 16u, w_at + 16u);
+            multiply(x_at + 20u, w_at + 20u);
+            multiply(x_at + 24u, w_at + 24u);
+            multiply(x_at + 28u, w_at + 28u);
         }
         workgroupBarrier();
     }

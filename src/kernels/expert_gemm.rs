@@ -8,7 +8,6 @@ use rayon::prelude::*;
 
 use crate::{
     device::{Binding, Caps, DType, Io, Kernel, Launch, Shader, Tensor, params},
-    weights::WeightFormat,
 };
 
 use super::{
@@ -53,8 +52,8 @@ pub struct ExpertGemm {
 
 impl ExpertGemm {
     /// Whether this kernel can store gated products of such matrices by itself.
-    pub fn gates(caps: &Caps, format: WeightFormat, activations: DType) -> bool {
-        Tile::of(caps, format, activations).gates()
+    pub fn gates(caps: &Caps, activations: DType) -> bool {
+        Tile::of(caps, activations).gates()
     }
 
     /// Slots per block for `n_slots` slots over `n_experts` experts: the smallest tile that holds
@@ -62,19 +61,21 @@ impl ExpertGemm {
     /// same weights again.
     pub fn block_size(
         caps: &Caps,
-        format: WeightFormat,
         activations: DType,
         n_slots: usize,
         n_experts: usize,
     ) -> usize {
         let average = n_slots.div_ceil(n_experts.max(1));
-        match Tile::of(caps, format, activations) {
+        match Tile::of(caps, activations) {
             Tile::Simt => {
                 if average <= 8 {
                     16
                 } else {
                     32
                 }
+            }
+            Tile::Coop if std::env::var("MOEWE_BLOCK").is_ok() => {
+                std::env::var("MOEWE_BLOCK").unwrap().parse().unwrap()
             }
             Tile::Coop => (average + average / 4).next_power_of_two().clamp(16, 128),
         }
@@ -106,7 +107,7 @@ impl Kernel for ExpertGemm {
     }
 
     fn launch(&self, caps: &Caps) -> Launch<ExpertGemmParams> {
-        let tile = Tile::of(caps, self.bank.format, self.x.dtype);
+        let tile = Tile::of(caps, self.x.dtype);
         let sizes: &[usize] = if tile == Tile::Coop { &Tile::HEIGHTS } else { &[16, 32] };
         assert!(sizes.contains(&self.block_size), "a block is a tile: one of {sizes:?} slots");
         assert!(!self.gated || tile.gates(), "use expert_gemm and silu_mul");
@@ -325,7 +326,7 @@ mod tests {
     fn cooperative_tiles_of_every_height() {
         let base = Case { n_tokens: 150, x: F16, ..PLAIN };
         for block_size in Tile::HEIGHTS {
-            for format in &FORMATS[1..] {
+            for format in &FORMATS {
                 check_matrix(1e-6, |bench, rec| {
                     for (rows, cols, gated) in [(320, 96, true), (192, 320, true), (96, 512, false)] {
                         let case = Case { rows, cols, gated, block_size, ..base };

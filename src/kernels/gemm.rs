@@ -14,6 +14,10 @@ use super::{Gemv, Matrix, Store, float_slot, gemv::GemvParams};
 pub(super) const TILE_ROWS: usize = 128;
 /// Activation rows of a wide tile; a narrow one has half of them.
 pub(super) const TILE_TOKENS: usize = 32;
+/// Up to this many rows of activations [`Gemv`] is faster for a router on a large GPU.
+const ROUTER_GEMV_TOKENS: usize = 1024;
+/// Workgroup memory that the largest cooperative tile takes, bytes.
+const WORKGROUP_BYTES: u32 = 48_384;
 /// Up to this many rows of activations [`Gemv`] is faster; measured on lavapipe with 512 x 512
 /// weights, f16 and int8.
 pub const GEMV_TOKENS: usize = 16;
@@ -31,11 +35,17 @@ impl Tile {
     /// Activation rows of cooperative tiles.
     pub(super) const HEIGHTS: [usize; 6] = [16, 32, 48, 64, 96, 128];
 
-    /// The best that the device, the weights and the activations allow.
-    pub(super) fn of(caps: &Caps, format: WeightFormat, activations: DType) -> Self {
-        // The shader counts on four subgroups of 32.
-        let device = caps.coop_matrix == Some(16) && caps.subgroups == Some((32, 32)) && caps.f16;
-        match device && format != WeightFormat::F32 && activations == DType::F16 {
+    /// Whether shaders with cooperative matrices, which count on subgroups of 32, run here.
+    pub(super) fn coop_device(caps: &Caps) -> bool {
+        caps.coop_matrix == Some(16)
+            && caps.subgroups == Some((32, 32))
+            && caps.f16
+            && caps.max_workgroup_bytes >= WORKGROUP_BYTES
+    }
+
+    /// The best that the device and the activations allow.
+    pub(super) fn of(caps: &Caps, activations: DType) -> Self {
+        match Self::coop_device(caps) && activations == DType::F16 {
             true => Self::Coop,
             false => Self::Simt,
         }
@@ -74,6 +84,10 @@ impl Tile {
 
 /// Tiles of `rows` weight rows, of which half are gates if `gated`.
 pub(super) fn columns(rows: usize, gated: bool) -> u32 {
+    if let Ok(t) = std::env::var("MOEWE_ROWS") {
+        let t: usize = t.parse().unwrap();
+        return if gated { (rows / 2).div_ceil(t / 2) as u32 } else { rows.div_ceil(t) as u32 };
+    }
     match gated {
         true => (rows / 2).div_ceil(TILE_ROWS / 2) as u32,
         false => rows.div_ceil(TILE_ROWS) as u32,
@@ -101,17 +115,20 @@ pub struct Gemm {
 
 impl Gemm {
     /// Whether this kernel can store the gated product of such a matrix by itself.
-    pub fn gates(caps: &Caps, format: WeightFormat, activations: DType) -> bool {
-        Tile::of(caps, format, activations).gates()
+    pub fn gates(caps: &Caps, activations: DType) -> bool {
+        Tile::of(caps, activations).gates()
     }
 }
 
 /// Pushes the product as [`Gemv`] where `x` has few rows, else as it is.
 pub fn product(rec: &mut Recording, gemm: Gemm) {
     let Gemm { label, weights, bias, x, out, out_col, store } = gemm;
-    // A router has too few rows to fill a large GPU with tiles.
-    let narrow =
-        !rec.caps().software && weights.format == WeightFormat::F32 && weights.rows <= 1024;
+    // A router has too few rows to fill a large GPU with tiles, unless tokens are many.
+    let most = if Tile::of(rec.caps(), x.dtype) == Tile::Coop { ROUTER_GEMV_TOKENS } else { usize::MAX };
+    let narrow = !rec.caps().software
+        && weights.format == WeightFormat::F32
+        && weights.rows <= 1024
+        && x.rows() <= most;
     if x.rows() <= GEMV_TOKENS || narrow {
         rec.push(Gemv { label, weights, bias, x, out, out_col, store });
     } else {
@@ -150,7 +167,7 @@ impl Kernel for Gemm {
 
     fn launch(&self, caps: &Caps) -> Launch<GemmParams> {
         let n_tokens = self.x.rows();
-        let tile = Tile::of(caps, self.weights.format, self.x.dtype);
+        let tile = Tile::of(caps, self.x.dtype);
         let gated = self.store == Store::Gated;
         assert!(!gated || (tile.gates() && self.bias.is_none()), "use gemm and silu_mul");
         let (tokens, step) = match tile {
@@ -267,7 +284,7 @@ mod tests {
 
     #[test]
     fn gated_products() {
-        for format in &FORMATS[1..] {
+        for format in &FORMATS {
             check_matrix(1e-6, |bench, rec| {
                 for (n_tokens, rows, cols) in [(17, 320, 96), (300, 64, 160), (40, 8192, 32)] {
                     let weights = bench.matrix(*format, 1, rows, cols);

@@ -43,7 +43,7 @@ impl Linear {
             [(out_col, weights, bias)] if x.rows() <= GEMV_TOKENS => {
                 rec.push(Gemv { label, weights, bias, x, out, out_col, store });
             }
-            [(out_col, weights, None)] if Gemm::gates(rec.caps(), weights.format, x.dtype) => {
+            [(out_col, weights, None)] if Gemm::gates(rec.caps(), x.dtype) => {
                 rec.push(Gemm { label, weights, bias: None, x, out, out_col, store });
             }
             _ => {
