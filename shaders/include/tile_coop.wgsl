@@ -48,31 +48,11 @@ const STAGED: u32 = W_TILE + REST * (1u + 4u / CHUNK);
 var<workgroup> staged: array<vec4<f16>, STAGED>;
 var<workgroup> sums: array<vec4<f32>, 64u * SUM_STRIDE>;  // [4 subgroups, 16 tokens]
 
-// Where the thread's groups of x and chunks of weights begin, and what it has prefetched.
-var<private> x_at0: u32; var<private> x_at1: u32; var<private> x_at2: u32; var<private> x_at3: u32;
-var<private> x0: Group; var<private> x1: Group; var<private> x2: Group; var<private> x3: Group;
-var<private> w_row0: u32; var<private> w_row1: u32; var<private> w_row2: u32; var<private> w_row3: u32;
-var<private> w_row4: u32; var<private> w_row5: u32; var<private> w_row6: u32; var<private> w_row7: u32;
-var<private> w0: vec4<u32>; var<private> w1: vec4<u32>;
-var<private> w2: vec4<u32>; var<private> w3: vec4<u32>;
-var<private> w4: vec4<u32>; var<private> w5: vec4<u32>;
-var<private> w6: vec4<u32>; var<private> w7: vec4<u32>;
-
 // Eight columns of a row.
 struct Group {
     a: vec4<f16>,
     b: vec4<f16>,
 }
-
-// The subgroup's sums: FM x FN matrices.
-var<private> c00: MatrixSum; var<private> c01: MatrixSum;
-var<private> c02: MatrixSum; var<private> c03: MatrixSum;
-var<private> c10: MatrixSum; var<private> c11: MatrixSum;
-var<private> c12: MatrixSum; var<private> c13: MatrixSum;
-var<private> c20: MatrixSum; var<private> c21: MatrixSum;
-var<private> c22: MatrixSum; var<private> c23: MatrixSum;
-var<private> c30: MatrixSum; var<private> c31: MatrixSum;
-var<private> c32: MatrixSum; var<private> c33: MatrixSum;
 
 // Neighbouring threads take neighbouring rows: their stores go to different banks.
 fn x_row(i: u32, lid: u32) -> u32 { return lid % 8u + lid / (8u * STEP8) * 8u + i * X_ROWS; }
@@ -132,21 +112,6 @@ fn load_w(i: u32, row: u32, chunk: u32, lid: u32) -> vec4<u32> {
     return vec4(0u);
 }
 
-fn load_step(chunk: u32, lid: u32) {
-    x0 = load_x(0u, x_at0, chunk, lid);
-    x1 = load_x(1u, x_at1, chunk, lid);
-    x2 = load_x(2u, x_at2, chunk, lid);
-    x3 = load_x(3u, x_at3, chunk, lid);
-    w0 = load_w(0u, w_row0, chunk, lid);
-    w1 = load_w(1u, w_row1, chunk, lid);
-    w2 = load_w(2u, w_row2, chunk, lid);
-    w3 = load_w(3u, w_row3, chunk, lid);
-    w4 = load_w(4u, w_row4, chunk, lid);
-    w5 = load_w(5u, w_row5, chunk, lid);
-    w6 = load_w(6u, w_row6, chunk, lid);
-    w7 = load_w(7u, w_row7, chunk, lid);
-}
-
 fn stage_x(i: u32, v: Group, lid: u32) {
     let row = x_row(i, lid);
     if (i < X_LOADS && (TILE_TOKENS % X_ROWS == 0u || row < TILE_TOKENS)) {
@@ -156,6 +121,22 @@ fn stage_x(i: u32, v: Group, lid: u32) {
     }
 }
 
+// Four int8 weights as f16, for which many GPUs lack a fast conversion: the bits of 1024 + 128 + w.
+fn int8_halves(q: u32) -> vec4<f16> {
+    let even = (q & 0x00ff00ffu) ^ 0x64806480u;
+    let odd = ((q >> 8u) & 0x00ff00ffu) ^ 0x64806480u;
+    let e = vec2<f16>(unpack2x16float(even)) - vec2<f16>(1152.0);
+    let o = vec2<f16>(unpack2x16float(odd)) - vec2<f16>(1152.0);
+    return vec4<f16>(e.x, o.x, e.y, o.y);
+}
+
+fn weight_halves(chunk: vec4<u32>, i: u32, scale: f32) -> vec4<f16> {
+    if (CHUNK == 16u && scale_is_per_row()) {
+        return int8_halves(chunk[i]);
+    }
+    return vec4<f16>(weight4(chunk, i) * scale);
+}
+
 fn stage_w(i: u32, v: vec4<u32>, row: u32, chunk: u32, lid: u32) {
     if (i < W_LOADS) {
         let to = W_TILE + w_row(i, lid) * STRIDE + w_col(lid) * (CHUNK / 4u);
@@ -163,80 +144,17 @@ fn stage_w(i: u32, v: vec4<u32>, row: u32, chunk: u32, lid: u32) {
         if (!scale_is_per_row()) {
             scale = weight_scale(row, min(chunk + w_col(lid), p.n_chunks - 1u));
         }
-        let w = weight4(v, 0u) * scale;
-        staged[to] = vec4<f16>(w);
+        staged[to] = weight_halves(v, 0u, scale);
         if (CHUNK == 4u) {
+            let w = weight4(v, 0u);
             staged[to + REST] = vec4<f16>(w - vec4<f32>(vec4<f16>(w)));
         }
         if (CHUNK > 4u) {
-            staged[to + 1u] = vec4<f16>(weight4(v, 1u) * scale);
+            staged[to + 1u] = weight_halves(v, 1u, scale);
         }
         if (CHUNK > 8u) {
-            staged[to + 2u] = vec4<f16>(weight4(v, 2u) * scale);
-            staged[to + 3u] = vec4<f16>(weight4(v, 3u) * scale);
-        }
-    }
-}
-
-fn stage_step(chunk: u32, lid: u32) {
-    stage_x(0u, x0, lid);
-    stage_x(1u, x1, lid);
-    stage_x(2u, x2, lid);
-    stage_x(3u, x3, lid);
-    stage_w(0u, w0, w_row0, chunk, lid);
-    stage_w(1u, w1, w_row1, chunk, lid);
-    stage_w(2u, w2, w_row2, chunk, lid);
-    stage_w(3u, w3, w_row3, chunk, lid);
-    stage_w(4u, w4, w_row4, chunk, lid);
-    stage_w(5u, w5, w_row5, chunk, lid);
-    stage_w(6u, w6, w_row6, chunk, lid);
-    stage_w(7u, w7, w_row7, chunk, lid);
-}
-
-// Adds the products of 16 staged columns.
-fn multiply(x_at: u32, w_at: u32) {
-    let b0 = coopLoad<MatrixW>(&staged[w_at], STRIDE);
-    let b1 = coopLoad<MatrixW>(&staged[w_at + 16u * STRIDE], STRIDE);
-    var b2: MatrixW;
-    var b3: MatrixW;
-    if (FN > 2u) {
-        b2 = coopLoad<MatrixW>(&staged[w_at + 32u * STRIDE], STRIDE);
-        b3 = coopLoad<MatrixW>(&staged[w_at + 48u * STRIDE], STRIDE);
-    }
-    {
-        let a = coopLoadT<MatrixX>(&staged[x_at], STRIDE);
-        c00 = coopMultiplyAdd(a, b0, c00);
-        c01 = coopMultiplyAdd(a, b1, c01);
-        if (FN > 2u) {
-            c02 = coopMultiplyAdd(a, b2, c02);
-            c03 = coopMultiplyAdd(a, b3, c03);
-        }
-    }
-    if (FM > 1u) {
-        let a = coopLoadT<MatrixX>(&staged[x_at + 1u * M_STEP * STRIDE], STRIDE);
-        c10 = coopMultiplyAdd(a, b0, c10);
-        c11 = coopMultiplyAdd(a, b1, c11);
-        if (FN > 2u) {
-            c12 = coopMultiplyAdd(a, b2, c12);
-            c13 = coopMultiplyAdd(a, b3, c13);
-        }
-    }
-    if (FM > 2u) {
-        let a = coopLoadT<MatrixX>(&staged[x_at + 2u * M_STEP * STRIDE], STRIDE);
-        c20 = coopMultiplyAdd(a, b0, c20);
-        c21 = coopMultiplyAdd(a, b1, c21);
-        if (FN > 2u) {
-            c22 = coopMultiplyAdd(a, b2, c22);
-            c23 = coopMultiplyAdd(a, b3, c23);
-        }
-    }
-    if (FM > 3u) {
-        let a = coopLoadT<MatrixX>(&staged[x_at + 3u * M_STEP * STRIDE], STRIDE);
-        c30 = coopMultiplyAdd(a, b0, c30);
-        c31 = coopMultiplyAdd(a, b1, c31);
-        if (FN > 2u) {
-            c32 = coopMultiplyAdd(a, b2, c32);
-            c33 = coopMultiplyAdd(a, b3, c33);
+            staged[to + 2u] = weight_halves(v, 2u, scale);
+            staged[to + 3u] = weight_halves(v, 3u, scale);
         }
     }
 }
@@ -309,41 +227,112 @@ fn tile(first: u32, last: u32, lid: u32) {
     let sg_row = subgroup / SG_M * SUM_COLS;
     let x_at = sg_token * STRIDE;
     let w_at = W_TILE + sg_row * STRIDE;
-    x_at0 = x_start(0u, lid);
-    x_at1 = x_start(1u, lid);
-    x_at2 = x_start(2u, lid);
-    x_at3 = x_start(3u, lid);
-    w_row0 = w_start(0u, first, last, lid);
-    w_row1 = w_start(1u, first, last, lid);
-    w_row2 = w_start(2u, first, last, lid);
-    w_row3 = w_start(3u, first, last, lid);
-    w_row4 = w_start(4u, first, last, lid);
-    w_row5 = w_start(5u, first, last, lid);
-    w_row6 = w_start(6u, first, last, lid);
-    w_row7 = w_start(7u, first, last, lid);
-    load_step(0u, lid);
+    let x_at0 = x_start(0u, lid);
+    let x_at1 = x_start(1u, lid);
+    let x_at2 = x_start(2u, lid);
+    let x_at3 = x_start(3u, lid);
+    let w_row0 = w_start(0u, first, last, lid);
+    let w_row1 = w_start(1u, first, last, lid);
+    let w_row2 = w_start(2u, first, last, lid);
+    let w_row3 = w_start(3u, first, last, lid);
+    let w_row4 = w_start(4u, first, last, lid);
+    let w_row5 = w_start(5u, first, last, lid);
+    let w_row6 = w_start(6u, first, last, lid);
+    let w_row7 = w_start(7u, first, last, lid);
+    var x0 = load_x(0u, x_at0, 0u, lid);
+    var x1 = load_x(1u, x_at1, 0u, lid);
+    var x2 = load_x(2u, x_at2, 0u, lid);
+    var x3 = load_x(3u, x_at3, 0u, lid);
+    var w0 = load_w(0u, w_row0, 0u, lid);
+    var w1 = load_w(1u, w_row1, 0u, lid);
+    var w2 = load_w(2u, w_row2, 0u, lid);
+    var w3 = load_w(3u, w_row3, 0u, lid);
+    var w4 = load_w(4u, w_row4, 0u, lid);
+    var w5 = load_w(5u, w_row5, 0u, lid);
+    var w6 = load_w(6u, w_row6, 0u, lid);
+    var w7 = load_w(7u, w_row7, 0u, lid);
+    var c00: MatrixSum; var c01: MatrixSum; var c02: MatrixSum; var c03: MatrixSum;
+    var c10: MatrixSum; var c11: MatrixSum; var c12: MatrixSum; var c13: MatrixSum;
+    var c20: MatrixSum; var c21: MatrixSum; var c22: MatrixSum; var c23: MatrixSum;
+    var c30: MatrixSum; var c31: MatrixSum; var c32: MatrixSum; var c33: MatrixSum;
     for (var chunk = 0u; chunk < p.n_chunks; chunk += STEP_CHUNKS) {
-        stage_step(chunk, lid);
+        stage_x(0u, x0, lid);
+        stage_x(1u, x1, lid);
+        stage_x(2u, x2, lid);
+        stage_x(3u, x3, lid);
+        stage_w(0u, w0, w_row0, chunk, lid);
+        stage_w(1u, w1, w_row1, chunk, lid);
+        stage_w(2u, w2, w_row2, chunk, lid);
+        stage_w(3u, w3, w_row3, chunk, lid);
+        stage_w(4u, w4, w_row4, chunk, lid);
+        stage_w(5u, w5, w_row5, chunk, lid);
+        stage_w(6u, w6, w_row6, chunk, lid);
+        stage_w(7u, w7, w_row7, chunk, lid);
         workgroupBarrier();
         let next = chunk + STEP_CHUNKS;
         if (next < p.n_chunks) {
-            load_step(next, lid);
+            x0 = load_x(0u, x_at0, next, lid);
+            x1 = load_x(1u, x_at1, next, lid);
+            x2 = load_x(2u, x_at2, next, lid);
+            x3 = load_x(3u, x_at3, next, lid);
+            w0 = load_w(0u, w_row0, next, lid);
+            w1 = load_w(1u, w_row1, next, lid);
+            w2 = load_w(2u, w_row2, next, lid);
+            w3 = load_w(3u, w_row3, next, lid);
+            w4 = load_w(4u, w_row4, next, lid);
+            w5 = load_w(5u, w_row5, next, lid);
+            w6 = load_w(6u, w_row6, next, lid);
+            w7 = load_w(7u, w_row7, next, lid);
         }
-        multiply(x_at, w_at);
-        multiply(x_at + 4u, w_at + 4u);
-        if (CHUNK == 4u) {
-            multiply(x_at, w_at + REST);
-            multiply(x_at + 4u, w_at + REST + 4u);
-        }
-        if (STEP8 > 4u) {
-            multiply(x_at + 8u, w_at + 8u);
-            multiply(x_at + 12u, w_at + 12u);
-        }
-        if (STEP8 > 8u) {
-            multiply(x_at + 16u, w_at + 16u);
-            multiply(x_at + 20u, w_at + 20u);
-            multiply(x_at + 24u, w_at + 24u);
-            multiply(x_at + 28u, w_at + 28u);
+        for (var k = 0u; k < 2u * STEP8 * (1u + 4u / CHUNK); k += 4u) {
+            {
+                let w_to = w_at + k % (2u * STEP8) + k / (2u * STEP8) * REST;
+                let x_to = x_at + k % (2u * STEP8);
+                let b0 = coopLoad<MatrixW>(&staged[w_to], STRIDE);
+                let b1 = coopLoad<MatrixW>(&staged[w_to + 16u * STRIDE], STRIDE);
+                var b2: MatrixW;
+                var b3: MatrixW;
+                if (FN > 2u) {
+                    b2 = coopLoad<MatrixW>(&staged[w_to + 32u * STRIDE], STRIDE);
+                    b3 = coopLoad<MatrixW>(&staged[w_to + 48u * STRIDE], STRIDE);
+                }
+                {
+                    let a = coopLoadT<MatrixX>(&staged[x_to], STRIDE);
+                    c00 = coopMultiplyAdd(a, b0, c00);
+                    c01 = coopMultiplyAdd(a, b1, c01);
+                    if (FN > 2u) {
+                        c02 = coopMultiplyAdd(a, b2, c02);
+                        c03 = coopMultiplyAdd(a, b3, c03);
+                    }
+                }
+                if (FM > 1u) {
+                    let a = coopLoadT<MatrixX>(&staged[x_to + 1u * M_STEP * STRIDE], STRIDE);
+                    c10 = coopMultiplyAdd(a, b0, c10);
+                    c11 = coopMultiplyAdd(a, b1, c11);
+                    if (FN > 2u) {
+                        c12 = coopMultiplyAdd(a, b2, c12);
+                        c13 = coopMultiplyAdd(a, b3, c13);
+                    }
+                }
+                if (FM > 2u) {
+                    let a = coopLoadT<MatrixX>(&staged[x_to + 2u * M_STEP * STRIDE], STRIDE);
+                    c20 = coopMultiplyAdd(a, b0, c20);
+                    c21 = coopMultiplyAdd(a, b1, c21);
+                    if (FN > 2u) {
+                        c22 = coopMultiplyAdd(a, b2, c22);
+                        c23 = coopMultiplyAdd(a, b3, c23);
+                    }
+                }
+                if (FM > 3u) {
+                    let a = coopLoadT<MatrixX>(&staged[x_to + 3u * M_STEP * STRIDE], STRIDE);
+                    c30 = coopMultiplyAdd(a, b0, c30);
+                    c31 = coopMultiplyAdd(a, b1, c31);
+                    if (FN > 2u) {
+                        c32 = coopMultiplyAdd(a, b2, c32);
+                        c33 = coopMultiplyAdd(a, b3, c33);
+                    }
+                }
+            }
         }
         workgroupBarrier();
     }
