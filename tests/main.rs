@@ -4,20 +4,30 @@
 
 /// A damaged checkpoint ends with exit code 1 and a sentence that names file, tensor or key.
 mod bad_checkpoint;
+/// Clients that leave, stall, dribble or overdo it.
+mod bad_clients;
 /// Bad input ends with exit code 1 and a sentence that names the cause, never with a panic.
 mod bad_input;
+/// Load on a server and on the engine: the fields that are reported.
+mod bench;
 /// Checkpoints to test with: those of the tree, edited copies, random ones.
 mod checkpoints;
 /// The binary: what it prints, where, and its exit codes.
 mod cli;
+/// The server keeps what its OpenAPI document and the files in deploy/ say.
+mod contract;
 /// The shipped model computes what transformers computed for it.
 mod default_model;
+/// Devices that fail under the engine and the server.
+mod faults;
 /// Every architecture against its golden, and verify against corrupted goldens.
 mod goldens;
 /// Results do not depend on batches, chunks, preemption, block size, device or run.
 mod invariance;
 /// A damaged config.json or safetensors header never panics, hangs or loads as garbage.
 mod mutations;
+/// Experts that visit the device from the host's memory give what resident ones give.
+mod offload;
 /// Experts on several devices give what one device gives.
 mod parallel;
 /// Runs the binary and holds its output.

@@ -1,12 +1,12 @@
-//! A wgpu device: buffers, pipelines, and the errors that drivers report late.
+//! A wgpu device: buffers and pipelines.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::HashMap, sync::Arc};
 
 use super::{
-    Access, BufferId, Caps, DeviceError, Dispatch, Shader, Tier, adapter, plan::StagingPool, shader,
+    Access, BufferId, Caps, CopyPart, DeviceError, Dispatch, Shader, Tier, adapter,
+    failure::{Failure, Faults},
+    plan::StagingPool,
+    shader,
 };
 
 /// An opened adapter with its buffers and compiled pipelines.
@@ -19,7 +19,8 @@ pub struct Gpu {
     caps: Caps,
     info: adapter::AdapterInfo,
     memory_bytes: Option<u64>,
-    /// Most bytes of buffers at a time.
+    /// Bytes of all live buffers but those on the host, and the most at a time.
+    bytes: u64,
     peak_bytes: u64,
     failure: Failure,
     pub(super) staging: StagingPool,
@@ -30,33 +31,6 @@ pub struct Gpu {
 pub(super) struct Pipeline {
     pub(super) pipeline: wgpu::ComputePipeline,
     pub(super) layout: wgpu::BindGroupLayout,
-}
-
-/// First error that the driver reported outside a call's return value.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Failure(Arc<Mutex<Option<DeviceError>>>);
-
-impl Failure {
-    fn lock(&self) -> MutexGuard<'_, Option<DeviceError>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn set(&self, error: DeviceError) {
-        self.lock().get_or_insert(error);
-    }
-
-    /// The error, if there is one. A lost device stays lost; other errors are reported once.
-    pub(super) fn check(&self) -> Result<(), DeviceError> {
-        let mut held = self.lock();
-        match held.take() {
-            None => Ok(()),
-            Some(DeviceError::Lost { message }) => {
-                *held = Some(DeviceError::Lost { message: message.clone() });
-                Err(DeviceError::Lost { message })
-            }
-            Some(error) => Err(error),
-        }
-    }
 }
 
 const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16
@@ -147,7 +121,7 @@ impl Gpu {
             sink.set(DeviceError::Lost { message: format!("{reason:?}: {message}") });
         });
         let (buffers, pipelines) = (Vec::new(), HashMap::new());
-        let (peak_bytes, staging) = (0, StagingPool::default());
+        let (bytes, peak_bytes, staging) = (0, 0, StagingPool::default());
         Ok(Self {
             device,
             queue,
@@ -156,6 +130,7 @@ impl Gpu {
             caps,
             info,
             memory_bytes,
+            bytes,
             peak_bytes,
             failure,
             staging,
@@ -194,11 +169,23 @@ impl Gpu {
     }
 
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        self.failure.check()
+        self.failure.check(&self.device)
     }
 
     pub(super) fn failure(&self) -> Failure {
         self.failure.clone()
+    }
+
+    pub(super) fn faults(&self) -> Faults {
+        Faults(Some((self.device.clone(), self.failure())))
+    }
+
+    /// Asks the driver with an empty submission, and does not wait for it.
+    pub(super) fn probe(&self) -> Result<(), DeviceError> {
+        self.queue.submit([]);
+        // What goes wrong is reported through callbacks, which polling runs.
+        let _ = self.device.poll(wgpu::PollType::Poll);
+        self.check()
     }
 
     pub(super) fn alloc(&mut self, what: &str, bytes: u64) -> Result<BufferId, DeviceError> {
@@ -214,23 +201,73 @@ impl Gpu {
             DeviceError::OutOfMemory { .. } => DeviceError::OutOfMemory { bytes },
             other => other,
         })?;
+        self.bytes += bytes;
+        self.peak_bytes = self.peak_bytes.max(self.bytes);
+        Ok(self.hold(buffer))
+    }
+
+    fn hold(&mut self, buffer: wgpu::Buffer) -> BufferId {
         let id = self.buffers.iter().position(Option::is_none).unwrap_or(self.buffers.len());
         if id == self.buffers.len() {
             self.buffers.push(None);
         }
         self.buffers[id] = Some(buffer);
-        self.peak_bytes = self.peak_bytes.max(self.allocated_bytes());
-        Ok(BufferId(id as u32))
+        BufferId(id as u32)
+    }
+
+    /// A buffer of the host's memory with these bytes. Written once, while it is mapped; copies out
+    /// of it need no staging and no work of the host.
+    pub(super) fn keep_on_host(
+        &mut self,
+        what: &str,
+        bytes: &[u8],
+    ) -> Result<BufferId, DeviceError> {
+        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some(what),
+            size: bytes.len() as u64,
+            usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: true,
+        });
+        let out_of_memory = DeviceError::OutOfMemory { bytes: bytes.len() as u64 };
+        let Ok(mut view) = buffer.get_mapped_range_mut(..) else {
+            self.check()?;
+            return Err(out_of_memory);
+        };
+        view.copy_from_slice(bytes);
+        drop(view);
+        buffer.unmap();
+        self.check().map_err(|error| match error {
+            DeviceError::OutOfMemory { .. } => out_of_memory,
+            other => other,
+        })?;
+        Ok(self.hold(buffer))
+    }
+
+    pub(super) fn copy(&mut self, parts: &[CopyPart]) {
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        for part in parts {
+            encoder.copy_buffer_to_buffer(
+                self.buffer(part.from.buffer),
+                part.from.offset + part.from_byte,
+                self.buffer(part.to.buffer),
+                part.to.offset + part.to_byte,
+                part.bytes,
+            );
+        }
+        self.queue.submit([encoder.finish()]);
     }
 
     pub(super) fn free(&mut self, id: BufferId) {
         if let Some(buffer) = self.buffers[id.0 as usize].take() {
+            if !buffer.usage().contains(wgpu::BufferUsages::MAP_WRITE) {
+                self.bytes -= buffer.size();
+            }
             buffer.destroy();
         }
     }
 
     pub(super) fn allocated_bytes(&self) -> u64 {
-        self.buffers.iter().flatten().map(wgpu::Buffer::size).sum()
+        self.bytes
     }
 
     pub(super) fn peak_bytes(&self) -> u64 {

@@ -14,7 +14,11 @@ mod stats;
 
 use std::{ops::Range, sync::Arc};
 
-use crate::Result;
+use crate::{
+    Result,
+    model::{KvCache, Model},
+    parallel::Exchange,
+};
 
 pub use batch::{Batch, BatchSequence, LogitRows};
 pub use blocks::{BlockPool, PrefixId};
@@ -43,6 +47,9 @@ pub struct Engine {
     experts: Arc<ExpertStats>,
     /// The experts' counts as last read.
     last_counts: Vec<u32>,
+    kv_block_bytes: u64,
+    /// Of the banks: allocated and used.
+    expert_bytes: (u64, u64),
 }
 
 /// A submitted step, and whose its rows of logits are.
@@ -75,7 +82,7 @@ impl Engine {
         let limits = *runner.limits();
         let kv = runner.kv();
         let blocks = BlockPool::new(kv.n_blocks, kv.block_size, config.prefix_caching);
-        let spec = &runner.model().spec;
+        let Model { spec, precision, .. } = runner.model();
         Self {
             scheduler: Scheduler::new(limits, blocks, config.policy),
             config,
@@ -85,6 +92,8 @@ impl Engine {
             counters: Counters::default(),
             experts: Arc::new(ExpertStats::new(spec)),
             last_counts: Vec::new(),
+            kv_block_bytes: KvCache::block_bytes(spec, kv.block_size, precision.activations),
+            expert_bytes: runner.model().expert_bytes(),
             runner,
         }
     }
@@ -162,6 +171,15 @@ impl Engine {
         Ok(room)
     }
 
+    /// Whether steps can be expected to work, as far as the driver knows; cheap enough to ask while
+    /// there is nothing to do.
+    ///
+    /// # Errors
+    /// [`crate::device::DeviceError`] if the device has failed.
+    pub fn probe(&mut self) -> Result<()> {
+        Ok(self.runner.device().probe()?)
+    }
+
     /// What the engine has counted about itself.
     pub fn stats(&self) -> EngineStats {
         let (scheduler, counters) = (&self.scheduler, &self.counters);
@@ -172,6 +190,10 @@ impl Engine {
             kv_blocks_used: scheduler.pool.usable() - scheduler.pool.n_free(),
             block_size: scheduler.pool.block_size,
             kv_positions_empty: scheduler.positions_empty(),
+            kv_block_bytes: self.kv_block_bytes,
+            expert_bytes: self.expert_bytes.0,
+            expert_bytes_used: self.expert_bytes.1,
+            device_bytes: self.runner.device_bytes(),
             prefix_queries: scheduler.prefix_queries,
             prefix_hits: scheduler.prefix_hits,
             preemptions: scheduler.preemptions,
@@ -181,6 +203,8 @@ impl Engine {
             non_finite: counters.non_finite,
             routing_ms: counters.routing_ms,
             experts: self.experts.clone(),
+            exchange: self.runner.exchange().map(Exchange::stats),
+            expert_cache: self.runner.exchange().and_then(Exchange::cache_stats),
         }
     }
 

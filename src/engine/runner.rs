@@ -94,6 +94,11 @@ impl Runner {
         &mut self.device
     }
 
+    /// Bytes of all buffers on the device.
+    pub fn device_bytes(&self) -> u64 {
+        self.device.allocated_bytes()
+    }
+
     /// Times every dispatch from now on.
     pub fn start_profile(&mut self) {
         self.profile = Some(Vec::new());

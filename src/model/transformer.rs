@@ -11,7 +11,7 @@ use crate::{
 use super::{
     FfnSpec, KvCache, ModelSpec, Precision, Scratch, StepShape,
     attention::Attention,
-    experts::{Experts, block_tokens},
+    experts::{Experts, RoutedExperts, block_tokens},
     linear::Linear,
     loader::{Cols, Loader, Rows},
     mlp::Mlp,
@@ -125,6 +125,21 @@ impl Model {
             .collect::<Result<_>>()?;
         let norm = loader.vector(&[("model.norm.weight".to_owned(), hidden, None)])?;
         Ok(Self { spec, precision, embedding, layers, norm, lm_head, rope })
+    }
+
+    /// Bytes of the experts' banks on this device: allocated, and of those the ones that hold
+    /// weights and scales rather than padding.
+    pub fn expert_bytes(&self) -> (u64, u64) {
+        let banks = self.routed_experts().map(|routed| routed.bytes(self.spec.hidden_size));
+        banks.fold((0, 0), |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1))
+    }
+
+    /// The routed experts of each layer that has some.
+    pub(super) fn routed_experts(&self) -> impl Iterator<Item = &RoutedExperts> {
+        self.layers.iter().filter_map(|layer| match &layer.ffn {
+            Ffn::Moe(experts) => Some(experts.routed()),
+            Ffn::Dense(..) => None,
+        })
     }
 
     /// Longest context that the rotary table covers.

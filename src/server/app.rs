@@ -31,6 +31,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("get", "/ping"),
     ("get", "/ready"),
     ("get", "/version"),
+    ("get", "/info"),
     ("get", "/metrics"),
     ("get", "/load"),
     ("get", "/openapi.json"),
@@ -53,6 +54,7 @@ pub fn app(state: Arc<App>) -> Router {
         .route("/ping", get(status::ping))
         .route("/ready", get(status::health))
         .route("/version", get(status::version))
+        .route("/info", get(status::info))
         .route("/metrics", get(status::metrics))
         .route("/load", get(status::load))
         .route("/openapi.json", get(openapi::document))

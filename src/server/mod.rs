@@ -8,6 +8,7 @@ mod chat_completions;
 mod completions;
 mod error;
 mod experts;
+mod failure;
 mod fields;
 mod generation;
 mod grammar;
@@ -17,6 +18,7 @@ mod metrics;
 mod models;
 mod openapi;
 mod sampling;
+mod socket;
 mod sse;
 mod status;
 mod tokenize;
@@ -40,6 +42,7 @@ use crate::{
 
 pub use app::{ROUTES, app};
 pub use error::ApiError;
+pub use failure::Death;
 pub use listen::listen;
 pub use metrics::{Metrics, MetricsInfo};
 pub use worker::{Build, EngineHandle};
@@ -79,10 +82,14 @@ pub struct ServerConfig {
     pub keep_alive: Duration,
     /// Silence of the engine's thread after which `/health` fails.
     pub stall_timeout: Duration,
+    /// Time in which `/health?deep=1` must see a token.
+    pub deep_timeout: Duration,
     /// Time for open requests to end after a signal.
     pub shutdown_timeout: Duration,
     /// Whether the engine shares prefixes; shown in `/metrics`.
     pub prefix_caching: bool,
+    /// Whether the engine orders requests by their priority; they may bring one only then.
+    pub priorities: bool,
     /// How the model writes tool calls; as its chat template says if absent.
     pub tool_format: Option<ToolFormat>,
     /// `/metrics` shows each expert of each layer.
@@ -106,8 +113,10 @@ impl Default for ServerConfig {
             write_timeout: Duration::from_secs(30),
             keep_alive: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),
+            deep_timeout: Duration::from_secs(10),
             shutdown_timeout: Duration::from_secs(30),
             prefix_caching: true,
+            priorities: false,
             tool_format: None,
             per_expert_metrics: false,
         }
@@ -135,6 +144,10 @@ pub struct App {
     max_model_len: usize,
     created: u64,
     draining: AtomicBool,
+    /// What `/info` says.
+    info: serde_json::Value,
+    /// When a deep look at the health last ended well; held while one is under way.
+    proven: tokio::sync::Mutex<Option<std::time::Instant>>,
 }
 
 impl App {
@@ -159,6 +172,7 @@ impl App {
             prefix_caching: config.prefix_caching,
             per_expert: config.per_expert_metrics,
         }));
+        let info = status::info_of(&mut llm.engine, &config, tool_format);
         let mut first = Some(llm.engine);
         let build: Build = Box::new(move || match first.take() {
             Some(engine) => Ok(engine),
@@ -179,6 +193,8 @@ impl App {
             max_model_len,
             created: unix_seconds(),
             draining: AtomicBool::new(false),
+            info,
+            proven: tokio::sync::Mutex::default(),
         }))
     }
 
