@@ -23,17 +23,11 @@ struct Composer<'a> {
 
 impl Composer<'_> {
     fn expand(&mut self, path: &str) -> Result<String, DeviceError> {
-        let lab = std::env::var("MOEWE_SHADERS")
-            .ok()
-            .and_then(|dir| std::fs::read_to_string(format!("{dir}/{path}")).ok());
-        let text = match lab {
-            Some(text) => text,
-            None => FILES
-                .iter()
-                .find(|(name, _)| *name == path)
-                .map(|(_, text)| (*text).to_owned())
-                .ok_or_else(|| self.error(format!("there is no file shaders/{path}")))?,
-        };
+        let text = FILES
+            .iter()
+            .find(|(name, _)| *name == path)
+            .map(|(_, text)| *text)
+            .ok_or_else(|| self.error(format!("there is no file shaders/{path}")))?;
         self.included.push(path.to_owned());
         let mut body = String::with_capacity(text.len());
         for line in text.lines() {

@@ -74,10 +74,13 @@ impl ExpertGemm {
                     32
                 }
             }
-            Tile::Coop if std::env::var("MOEWE_BLOCK").is_ok() => {
-                std::env::var("MOEWE_BLOCK").unwrap().parse().unwrap()
-            }
-            Tile::Coop => (average + average / 4).next_power_of_two().clamp(16, 128),
+            // Measured on an H200.
+            Tile::Coop => match average {
+                0..=12 => 16,
+                13..=40 => 48,
+                41..=192 => 64,
+                _ => 128,
+            },
         }
     }
 }

@@ -84,10 +84,6 @@ impl Tile {
 
 /// Tiles of `rows` weight rows, of which half are gates if `gated`.
 pub(super) fn columns(rows: usize, gated: bool) -> u32 {
-    if let Ok(t) = std::env::var("MOEWE_ROWS") {
-        let t: usize = t.parse().unwrap();
-        return if gated { (rows / 2).div_ceil(t / 2) as u32 } else { rows.div_ceil(t) as u32 };
-    }
     match gated {
         true => (rows / 2).div_ceil(TILE_ROWS / 2) as u32,
         false => rows.div_ceil(TILE_ROWS) as u32,
@@ -124,7 +120,10 @@ impl Gemm {
 pub fn product(rec: &mut Recording, gemm: Gemm) {
     let Gemm { label, weights, bias, x, out, out_col, store } = gemm;
     // A router has too few rows to fill a large GPU with tiles, unless tokens are many.
-    let most = if Tile::of(rec.caps(), x.dtype) == Tile::Coop { ROUTER_GEMV_TOKENS } else { usize::MAX };
+    let most = match Tile::of(rec.caps(), x.dtype) {
+        Tile::Coop => ROUTER_GEMV_TOKENS,
+        Tile::Simt => usize::MAX,
+    };
     let narrow = !rec.caps().software
         && weights.format == WeightFormat::F32
         && weights.rows <= 1024
