@@ -7,9 +7,10 @@
 // If GATED, half of the tile's weight rows are gates and the other half the ups of the same
 // features, and `store` gets silu(gate) * up: a tile has TILE_ROWS / 2 features.
 //
-// Matrices and prefetched vectors are written out one by one: drivers keep indexed arrays of them
-// in memory. Conditions on constants vanish. Rows of padding are multiplied like others: branches
-// around them cost more than they save.
+// Matrices and prefetched vectors are written out one by one: drivers keep indexed arrays of them,
+// and private variables, in memory. Conditions on constants vanish. Rows of padding are multiplied
+// like others: branches around them cost more than they save. The loop over k is one on purpose:
+// without it NVIDIA's compiler moves the loads of the next step behind the products.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "include/coop_{coop}.wgsl"
@@ -269,7 +270,7 @@ fn tile(first: u32, last: u32, lid: u32) {
         stage_w(6u, w6, w_row6, chunk, lid);
         stage_w(7u, w7, w_row7, chunk, lid);
         workgroupBarrier();
-        // The last step loads something that nobody needs: a branch would keep loads from overlapping.
+        // The last step loads in vain: with a branch, loads would not overlap with products.
         let next = min(chunk + STEP_CHUNKS, p.n_chunks - min(p.n_chunks, STEP_CHUNKS));
         x0 = load_x(0u, x_at0, next, lid);
         x1 = load_x(1u, x_at1, next, lid);
@@ -284,52 +285,50 @@ fn tile(first: u32, last: u32, lid: u32) {
         w6 = load_w(6u, w_row6, next, lid);
         w7 = load_w(7u, w_row7, next, lid);
         for (var k = 0u; k < 2u * STEP8 * (1u + 4u / CHUNK); k += 4u) {
+            let w_to = w_at + k % (2u * STEP8) + k / (2u * STEP8) * REST;
+            let x_to = x_at + k % (2u * STEP8);
+            let b0 = coopLoad<MatrixW>(&staged[w_to], STRIDE);
+            let b1 = coopLoad<MatrixW>(&staged[w_to + 16u * STRIDE], STRIDE);
+            var b2: MatrixW;
+            var b3: MatrixW;
+            if (FN > 2u) {
+                b2 = coopLoad<MatrixW>(&staged[w_to + 32u * STRIDE], STRIDE);
+                b3 = coopLoad<MatrixW>(&staged[w_to + 48u * STRIDE], STRIDE);
+            }
             {
-                let w_to = w_at + k % (2u * STEP8) + k / (2u * STEP8) * REST;
-                let x_to = x_at + k % (2u * STEP8);
-                let b0 = coopLoad<MatrixW>(&staged[w_to], STRIDE);
-                let b1 = coopLoad<MatrixW>(&staged[w_to + 16u * STRIDE], STRIDE);
-                var b2: MatrixW;
-                var b3: MatrixW;
+                let a = coopLoadT<MatrixX>(&staged[x_to], STRIDE);
+                c00 = coopMultiplyAdd(a, b0, c00);
+                c01 = coopMultiplyAdd(a, b1, c01);
                 if (FN > 2u) {
-                    b2 = coopLoad<MatrixW>(&staged[w_to + 32u * STRIDE], STRIDE);
-                    b3 = coopLoad<MatrixW>(&staged[w_to + 48u * STRIDE], STRIDE);
+                    c02 = coopMultiplyAdd(a, b2, c02);
+                    c03 = coopMultiplyAdd(a, b3, c03);
                 }
-                {
-                    let a = coopLoadT<MatrixX>(&staged[x_to], STRIDE);
-                    c00 = coopMultiplyAdd(a, b0, c00);
-                    c01 = coopMultiplyAdd(a, b1, c01);
-                    if (FN > 2u) {
-                        c02 = coopMultiplyAdd(a, b2, c02);
-                        c03 = coopMultiplyAdd(a, b3, c03);
-                    }
+            }
+            if (FM > 1u) {
+                let a = coopLoadT<MatrixX>(&staged[x_to + 1u * M_STEP * STRIDE], STRIDE);
+                c10 = coopMultiplyAdd(a, b0, c10);
+                c11 = coopMultiplyAdd(a, b1, c11);
+                if (FN > 2u) {
+                    c12 = coopMultiplyAdd(a, b2, c12);
+                    c13 = coopMultiplyAdd(a, b3, c13);
                 }
-                if (FM > 1u) {
-                    let a = coopLoadT<MatrixX>(&staged[x_to + 1u * M_STEP * STRIDE], STRIDE);
-                    c10 = coopMultiplyAdd(a, b0, c10);
-                    c11 = coopMultiplyAdd(a, b1, c11);
-                    if (FN > 2u) {
-                        c12 = coopMultiplyAdd(a, b2, c12);
-                        c13 = coopMultiplyAdd(a, b3, c13);
-                    }
+            }
+            if (FM > 2u) {
+                let a = coopLoadT<MatrixX>(&staged[x_to + 2u * M_STEP * STRIDE], STRIDE);
+                c20 = coopMultiplyAdd(a, b0, c20);
+                c21 = coopMultiplyAdd(a, b1, c21);
+                if (FN > 2u) {
+                    c22 = coopMultiplyAdd(a, b2, c22);
+                    c23 = coopMultiplyAdd(a, b3, c23);
                 }
-                if (FM > 2u) {
-                    let a = coopLoadT<MatrixX>(&staged[x_to + 2u * M_STEP * STRIDE], STRIDE);
-                    c20 = coopMultiplyAdd(a, b0, c20);
-                    c21 = coopMultiplyAdd(a, b1, c21);
-                    if (FN > 2u) {
-                        c22 = coopMultiplyAdd(a, b2, c22);
-                        c23 = coopMultiplyAdd(a, b3, c23);
-                    }
-                }
-                if (FM > 3u) {
-                    let a = coopLoadT<MatrixX>(&staged[x_to + 3u * M_STEP * STRIDE], STRIDE);
-                    c30 = coopMultiplyAdd(a, b0, c30);
-                    c31 = coopMultiplyAdd(a, b1, c31);
-                    if (FN > 2u) {
-                        c32 = coopMultiplyAdd(a, b2, c32);
-                        c33 = coopMultiplyAdd(a, b3, c33);
-                    }
+            }
+            if (FM > 3u) {
+                let a = coopLoadT<MatrixX>(&staged[x_to + 3u * M_STEP * STRIDE], STRIDE);
+                c30 = coopMultiplyAdd(a, b0, c30);
+                c31 = coopMultiplyAdd(a, b1, c31);
+                if (FN > 2u) {
+                    c32 = coopMultiplyAdd(a, b2, c32);
+                    c33 = coopMultiplyAdd(a, b3, c33);
                 }
             }
         }

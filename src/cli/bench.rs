@@ -163,9 +163,10 @@ fn profile(runner: &mut Runner, workload: &Workload) -> anyhow::Result<()> {
         repetitions: 1,
     };
     let prefill = prompts.iter().take(1).map(|n| one(&[*n], 0, &[], &[]));
-    let decode = depths.iter().take(1).flat_map(|depth| {
-        workload.batches.iter().map(|batch| one(&[], 8, &[*depth], &[*batch]))
-    });
+    let decode = depths
+        .iter()
+        .take(1)
+        .flat_map(|depth| workload.batches.iter().map(|batch| one(&[], 8, &[*depth], &[*batch])));
     for workload in prefill.chain(decode) {
         runner.start_profile();
         let mut n_runs = 0;

@@ -6,7 +6,7 @@ use crate::device::{Caps, DType, Io, Kernel, Launch, Recording, Shader};
 use super::{AttentionPrefill, attention_decode::AttentionParams, float_slot, gemm::Tile};
 
 /// Workgroup memory that the shader takes, bytes.
-const WORKGROUP_BYTES: u32 = 44_032;
+const WORKGROUP_BYTES: u32 = 44_036;
 
 /// [`AttentionPrefill`] in cooperative matrices: queries and the softmax's powers in f16, sums in
 /// f32. Only where [`AttentionCoop::serves`].

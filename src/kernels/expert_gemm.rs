@@ -6,9 +6,7 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
-use crate::{
-    device::{Binding, Caps, DType, Io, Kernel, Launch, Shader, Tensor, params},
-};
+use crate::device::{Binding, Caps, DType, Io, Kernel, Launch, Shader, Tensor, params};
 
 use super::{
     Matrix, float_slot,
@@ -56,15 +54,9 @@ impl ExpertGemm {
         Tile::of(caps, activations).gates()
     }
 
-    /// Slots per block for `n_slots` slots over `n_experts` experts: the smallest tile that holds
-    /// what an expert gets on average, since rows of padding cost and so do tiles that read the
-    /// same weights again.
-    pub fn block_size(
-        caps: &Caps,
-        activations: DType,
-        n_slots: usize,
-        n_experts: usize,
-    ) -> usize {
+    /// Slots per block for `n_slots` slots over `n_experts` experts, by what an expert gets on
+    /// average: rows of padding cost, and so do tiles that read the same weights again.
+    pub fn block_size(caps: &Caps, activations: DType, n_slots: usize, n_experts: usize) -> usize {
         let average = n_slots.div_ceil(n_experts.max(1));
         match Tile::of(caps, activations) {
             Tile::Simt => {
@@ -77,9 +69,8 @@ impl ExpertGemm {
             // Measured on an H200.
             Tile::Coop => match average {
                 0..=12 => 16,
-                13..=40 => 48,
-                41..=192 => 64,
-                _ => 128,
+                13..=20 => 32,
+                _ => 64,
             },
         }
     }
@@ -331,7 +322,8 @@ mod tests {
         for block_size in Tile::HEIGHTS {
             for format in &FORMATS {
                 check_matrix(1e-6, |bench, rec| {
-                    for (rows, cols, gated) in [(320, 96, true), (192, 320, true), (96, 512, false)] {
+                    for (rows, cols, gated) in [(320, 96, true), (192, 320, true), (96, 512, false)]
+                    {
                         let case = Case { rows, cols, gated, block_size, ..base };
                         push(bench, rec, *format, &case);
                     }

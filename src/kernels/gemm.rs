@@ -17,7 +17,7 @@ pub(super) const TILE_TOKENS: usize = 32;
 /// Up to this many rows of activations [`Gemv`] is faster for a router on a large GPU.
 const ROUTER_GEMV_TOKENS: usize = 1024;
 /// Workgroup memory that the largest cooperative tile takes, bytes.
-const WORKGROUP_BYTES: u32 = 48_384;
+const WORKGROUP_BYTES: u32 = 39_936;
 /// Up to this many rows of activations [`Gemv`] is faster; measured on lavapipe with 512 x 512
 /// weights, f16 and int8.
 pub const GEMV_TOKENS: usize = 16;
@@ -33,7 +33,7 @@ pub(super) enum Tile {
 
 impl Tile {
     /// Activation rows of cooperative tiles.
-    pub(super) const HEIGHTS: [usize; 6] = [16, 32, 48, 64, 96, 128];
+    pub(super) const HEIGHTS: [usize; 4] = [16, 32, 64, 128];
 
     /// Whether shaders with cooperative matrices, which count on subgroups of 32, run here.
     pub(super) fn coop_device(caps: &Caps) -> bool {
@@ -58,9 +58,7 @@ impl Tile {
                 let coop = match tokens {
                     16 => "16",
                     32 => "32",
-                    48 => "48",
                     64 => "64",
-                    96 => "96",
                     _ => "128",
                 };
                 shader.slot("tile", "coop").slot("coop", coop)

@@ -240,11 +240,8 @@ fn compare(actual: &[u8], expected: &[u8], dtype: DType, tolerance: f64, what: &
 fn imagined_caps() -> Vec<Caps> {
     let core = Caps::portable();
     let fast = |sizes| Caps { f16: true, subgroups: Some(sizes), ..core.clone() };
-    let matrix = |edge| Caps {
-        coop_matrix: Some(edge),
-        max_workgroup_bytes: 48 << 10,
-        ..fast((32, 32))
-    };
+    let matrix =
+        |edge| Caps { coop_matrix: Some(edge), max_workgroup_bytes: 48 << 10, ..fast((32, 32)) };
     let no_f16 = Caps { f16: false, ..fast((4, 4)) };
     vec![core.clone(), no_f16, fast((4, 4)), fast((8, 8)), fast((16, 128)), matrix(16), matrix(8)]
 }

@@ -1,7 +1,0 @@
-// A tile of 48 tokens: each subgroup holds FM x FN matrices, SG_M subgroups share the tokens; STEP
-// columns are staged at a time.
-const TILE_TOKENS: u32 = 48u;
-const FM: u32 = 3u;
-const FN: u32 = 2u;
-const SG_M: u32 = 1u;
-const STEP: u32 = 32u;

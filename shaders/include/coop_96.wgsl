@@ -1,7 +1,0 @@
-// A tile of 96 tokens: each subgroup holds FM x FN matrices, SG_M subgroups share the tokens; STEP
-// columns are staged at a time.
-const TILE_TOKENS: u32 = 96u;
-const FM: u32 = 3u;
-const FN: u32 = 4u;
-const SG_M: u32 = 2u;
-const STEP: u32 = 32u;
