@@ -27,7 +27,13 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     match cli.command.run() {
-        Ok(code) => code,
+        Ok(code) => {
+            #[cfg(feature = "mpi")]
+            if code == ExitCode::SUCCESS {
+                moewe::parallel::cluster::finish();
+            }
+            code
+        }
         Err(error) => {
             eprintln!("error: {error:#}");
             exit_code(&error)

@@ -51,7 +51,9 @@ async fn every_documented_path_is_served_and_every_served_path_documented() {
         let path = path.replace("{id}", "gull");
         let request = Request::builder().method(&*method.to_uppercase()).uri(&path);
         let status = call(app(SHARED.clone()), request.body(Body::empty()).unwrap()).await.0;
-        assert!(status == 200 || (status == 415 && method == "post"), "{method} {path}: {status}");
+        let is_off = status == 404 && path == "/admin/experts";
+        let refuses = status == 415 && method == "post";
+        assert!(status == 200 || refuses || is_off, "{method} {path}: {status}");
     }
 }
 

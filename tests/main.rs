@@ -22,6 +22,8 @@ mod default_model;
 mod faults;
 /// Every architecture against its golden, and verify against corrupted goldens.
 mod goldens;
+/// Experts replaced in a running model: all of a file or none, with requests in flight.
+mod hot_experts;
 /// Results do not depend on batches, chunks, preemption, block size, device or run.
 mod invariance;
 /// A damaged config.json or safetensors header never panics, hangs or loads as garbage.

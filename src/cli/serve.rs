@@ -47,6 +47,9 @@ pub(crate) struct Serve {
     /// Count each expert of each layer in /metrics
     #[arg(long)]
     expert_metrics: bool,
+    /// Let POST /admin/experts load safetensors files of this folder; needs --api-key
+    #[arg(long)]
+    expert_dir: Option<PathBuf>,
     /// Origins whose web pages may call, or *
     #[arg(long, value_delimiter = ',')]
     allowed_origins: Vec<String>,
@@ -142,6 +145,10 @@ impl Serve {
             "{} is open to the network: give --api-key, or --insecure if that is meant",
             self.host
         );
+        ensure!(
+            self.expert_dir.is_none() || !api_keys.is_empty(),
+            "--expert-dir lets callers change the model: give --api-key"
+        );
         let given = self.model.model.as_deref().unwrap_or(moewe::llm::DEFAULT_MODEL);
         let given = std::path::Path::new(given);
         // A directory is known by its last part, a hub model by its whole id.
@@ -158,6 +165,7 @@ impl Serve {
             request_timeout: self.request_timeout.map(Duration::from_secs),
             shutdown_timeout: Duration::from_secs(self.shutdown_timeout),
             per_expert_metrics: self.expert_metrics,
+            expert_dir: self.expert_dir.clone(),
             prefix_caching: !self.model.no_prefix_caching,
             priorities: self.scheduling_policy == SchedulingPolicy::Priority,
             tool_format: match self.tool_call_parser {

@@ -250,8 +250,8 @@ impl Gpu {
                 self.buffer(part.from.buffer),
                 part.from.offset + part.from_byte,
                 self.buffer(part.to.buffer),
-                part.to.offset + part.to_byte,
-                part.bytes,
+                part.to.offset,
+                part.to.bytes(),
             );
         }
         self.queue.submit([encoder.finish()]);

@@ -13,7 +13,7 @@ mod tensor;
 
 use std::ops::Range;
 
-pub use adapter::{AdapterInfo, DeviceChoice, adapters};
+pub use adapter::{AdapterInfo, DeviceChoice, adapters, all_devices};
 pub use caps::{Caps, Tier};
 pub use cpu::{Cpu, Io};
 pub use failure::{Fault, Faults};
@@ -136,7 +136,7 @@ pub trait Allocate {
     fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor, DeviceError>;
 }
 
-/// Bytes to copy from one buffer to another, all in whole 4-byte words.
+/// A tensor to fill from another buffer, in whole 4-byte words.
 #[derive(Debug, Clone, Copy)]
 pub struct CopyPart {
     /// What is read.
@@ -145,10 +145,6 @@ pub struct CopyPart {
     pub from_byte: u64,
     /// What is written.
     pub to: Tensor,
-    /// Byte of it where writing starts.
-    pub to_byte: u64,
-    /// How many.
-    pub bytes: u64,
 }
 
 /// Counts what a device would have to hold.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::{
     kernels::CountExperts,
     model::ModelSpec,
-    parallel::{CacheStats, ExchangeStats},
+    parallel::{CacheStats, EplbStats, ExchangeStats, Owners},
 };
 
 /// A snapshot of the engine.
@@ -49,8 +49,12 @@ pub struct EngineStats {
     pub routing_ms: Option<f64>,
     /// What the experts did.
     pub experts: Arc<ExpertStats>,
+    /// Where the experts of each layer that has some are, if on several devices.
+    pub owners: Option<Arc<Vec<Owners>>>,
     /// What went to other devices, if any hold experts.
     pub exchange: Option<ExchangeStats>,
+    /// How balanced the devices are, where experts move between them.
+    pub eplb: Option<EplbStats>,
     /// What the cache of experts did, if there is one.
     pub expert_cache: Option<CacheStats>,
 }

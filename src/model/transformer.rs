@@ -142,6 +142,15 @@ impl Model {
         })
     }
 
+    /// The routed experts of one of the layers that have some.
+    pub(super) fn routed_experts_mut(&mut self, layer: usize) -> Option<&mut RoutedExperts> {
+        let experts = self.layers.iter_mut().filter_map(|layer| match &mut layer.ffn {
+            Ffn::Moe(experts) => Some(experts.routed_mut()),
+            Ffn::Dense(..) => None,
+        });
+        experts.into_iter().nth(layer)
+    }
+
     /// Longest context that the rotary table covers.
     pub fn n_positions(&self) -> usize {
         self.rope.rows()

@@ -14,8 +14,8 @@ use axum::{
 };
 
 use super::{
-    ApiError, App, access, chat_completions, completions, experts, fields::Fields, models, openapi,
-    status, tokenize,
+    ApiError, App, access, admin, chat_completions, completions, experts, fields::Fields, models,
+    openapi, status, tokenize,
 };
 
 /// Method and path of every endpoint; the OpenAPI document lists the same.
@@ -36,6 +36,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("get", "/load"),
     ("get", "/openapi.json"),
     ("get", "/moe/stats"),
+    ("post", "/admin/experts"),
 ];
 
 /// The whole server without its socket.
@@ -59,6 +60,7 @@ pub fn app(state: Arc<App>) -> Router {
         .route("/load", get(status::load))
         .route("/openapi.json", get(openapi::document))
         .route("/moe/stats", get(experts::stats))
+        .route("/admin/experts", post(admin::replace_experts))
         .fallback(async || {
             ApiError::new(StatusCode::NOT_FOUND, "there is no such path; see /openapi.json")
         })

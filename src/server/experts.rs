@@ -5,7 +5,10 @@ use std::sync::Arc;
 use axum::{Json, extract::State};
 use serde_json::{Value, json};
 
-use crate::engine::{EngineStats, ExpertStats};
+use crate::{
+    engine::{EngineStats, ExpertStats},
+    parallel::Owners,
+};
 
 use super::{
     App,
@@ -96,6 +99,22 @@ fn exchange_metrics(page: &mut Page, stats: &EngineStats) {
             page.counter(&format!("vllm_moe_{name}_total"), help, value);
         }
     }
+    if let Some(eplb) = &stats.eplb {
+        let help = "Mean over largest load of a device in the last window, 0 to 1.";
+        page.gauge("vllm_moe_balancedness", help, eplb.balancedness);
+        let when = |name, value| (label("when", name), value);
+        let moves = eplb.last_move.map(|(before, after)| [("before", before), ("after", after)]);
+        let moves = moves.into_iter().flatten().map(|(name, value)| when(name, value));
+        let help = "Balancedness that made experts move last, and that the move promised.";
+        page.series("vllm_moe_eplb_balancedness", "gauge", help, moves);
+        for (name, help, value) in [
+            ("rebalances", "Times that experts were moved.", eplb.rebalances),
+            ("experts_moved", "Experts written to a place.", eplb.experts_moved),
+            ("bytes_moved", "Bytes of experts written to a place.", eplb.bytes_moved),
+        ] {
+            page.counter(&format!("vllm_moe_eplb_{name}_total"), help, value);
+        }
+    }
     let Some(cache) = &stats.expert_cache else { return };
     for (name, help, value) in [
         ("hits", "Chosen experts that were on the device, by layer and step.", cache.hits),
@@ -115,6 +134,12 @@ fn exchange_metrics(page: &mut Page, stats: &EngineStats) {
     page.gauge("vllm_moe_expert_cache_resident_ratio", help, share);
 }
 
+/// The devices that hold each expert of a layer.
+fn devices(owners: &Owners) -> Vec<Vec<usize>> {
+    let of = |expert| owners.places(expert).map(|(device, _)| device).collect();
+    (0..owners.n_experts()).map(of).collect()
+}
+
 /// `GET /moe/stats`: counts since the start, one row of experts for each layer that has some.
 pub(super) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
     let stats = app.engine.stats();
@@ -122,10 +147,13 @@ pub(super) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
     let rows = experts.tokens.chunks(experts.n_experts.max(1));
     let layers: Vec<Value> = rows
         .zip(&experts.layers)
-        .map(|(tokens, layer)| {
+        .enumerate()
+        .map(|(i, (tokens, layer))| {
+            let owners = stats.owners.as_ref().and_then(|owners| owners.get(i));
             json!({
                 "layer": layer.layer,
                 "tokens": tokens,
+                "devices": owners.map(devices),
                 "slots_used": layer.slots_used,
                 "slots": layer.slots,
                 "active_experts": layer.active,

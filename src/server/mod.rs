@@ -3,6 +3,7 @@
 //! Nothing here knows tensors or schedules.
 
 mod access;
+mod admin;
 mod app;
 mod chat_completions;
 mod completions;
@@ -26,6 +27,7 @@ mod tools;
 mod worker;
 
 use std::{
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -37,6 +39,7 @@ use crate::{
     Result,
     engine::SamplingParams,
     llm::{GrammarCompiler, Llm, tool_format},
+    model::{ModelSpec, Precision},
     text::{ChatTemplate, Tokenizer, ToolFormat},
 };
 
@@ -94,6 +97,8 @@ pub struct ServerConfig {
     pub tool_format: Option<ToolFormat>,
     /// `/metrics` shows each expert of each layer.
     pub per_expert_metrics: bool,
+    /// Folder of safetensors files that `POST /admin/experts` may load; it is off if absent.
+    pub expert_dir: Option<PathBuf>,
 }
 
 impl Default for ServerConfig {
@@ -119,6 +124,7 @@ impl Default for ServerConfig {
             priorities: false,
             tool_format: None,
             per_expert_metrics: false,
+            expert_dir: None,
         }
     }
 }
@@ -140,6 +146,8 @@ pub struct App {
     /// None without a tokenizer.
     grammars: Option<GrammarCompiler>,
     defaults: SamplingParams,
+    spec: ModelSpec,
+    precision: Precision,
     vocab_size: usize,
     max_model_len: usize,
     created: u64,
@@ -158,7 +166,9 @@ impl App {
     pub fn start(mut open: Open, config: ServerConfig) -> Result<Arc<Self>> {
         let mut llm = open()?;
         let max_model_len = llm.engine.max_model_len();
-        let vocab_size = llm.engine.runner().model().spec.vocab_size;
+        let model = llm.engine.runner().model();
+        let (spec, precision) = (model.spec.clone(), model.precision);
+        let vocab_size = spec.vocab_size;
         let grammars = match llm.tokenizer {
             Some(_) => Some(llm.grammar_compiler()?),
             None => None,
@@ -189,6 +199,8 @@ impl App {
             template_shows_tools,
             grammars,
             defaults: llm.defaults,
+            spec,
+            precision,
             vocab_size,
             max_model_len,
             created: unix_seconds(),

@@ -20,6 +20,7 @@ use crate::{
     engine::{
         Engine, EngineError, EngineStats, FinishReason, Output, Request, RequestId, SamplingParams,
     },
+    parallel::PackedExpert,
 };
 
 use super::{
@@ -80,6 +81,8 @@ enum Command {
     End(u64, Option<usize>, Ending),
     /// Fails everything with this error, as at the end of a drain.
     FailAll(ApiError),
+    /// Replaces experts before the next step, and says how that went.
+    Replace(Vec<PackedExpert>, oneshot::Sender<Result<(), ApiError>>),
 }
 
 /// What the worker shows to everybody.
@@ -159,6 +162,14 @@ impl EngineHandle {
         let id = self.shared.next_job.fetch_add(1, Ordering::Relaxed);
         let _ = self.commands.send(Command::Submit(id, Box::new(job)));
         Ticket { handle: self.clone(), id }
+    }
+
+    /// Replaces experts before the next step: all or none.
+    pub(super) async fn replace_experts(&self, new: Vec<PackedExpert>) -> Result<(), ApiError> {
+        let (done, answer) = oneshot::channel();
+        let _ = self.commands.send(Command::Replace(new, done));
+        let gone = |_| ApiError::unavailable("the engine has stopped; the server is restarting");
+        answer.await.map_err(gone)?
     }
 
     /// Fails all requests.
@@ -369,6 +380,13 @@ impl Worker {
                         self.metrics.finished(&live.times, reason);
                     }
                 }
+            }
+            Command::Replace(new, done) => {
+                let replaced = engine.replace_experts(&new).map_err(|error| {
+                    eprintln!("error: experts were not replaced: {error}");
+                    ApiError::unavailable("the device failed; the experts are the old ones")
+                });
+                let _ = done.send(replaced);
             }
             Command::FailAll(error) => {
                 for &id in self.live.keys() {
