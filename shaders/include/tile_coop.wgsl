@@ -18,7 +18,7 @@ enable wgpu_cooperative_matrix;
 alias MatrixX = coop_mat16x16<f16, A>;
 alias MatrixW = coop_mat16x16<f16, B>;
 alias MatrixSum = coop_mat16x16<f32, C>;
-alias x_vec = vec4<f16>;
+alias x_vec = vec4<u32>;  // eight f16
 
 const THREADS: u32 = 128u;
 const NO_ROW: u32 = 0xffffffffu;
@@ -48,12 +48,6 @@ const REST: u32 = TILE_ROWS * STRIDE;
 const STAGED: u32 = W_TILE + REST * (1u + 4u / CHUNK);
 var<workgroup> staged: array<vec4<f16>, STAGED>;
 var<workgroup> sums: array<vec4<f32>, 64u * SUM_STRIDE>;  // [4 subgroups, 16 tokens]
-
-// Eight columns of a row.
-struct Group {
-    a: vec4<f16>,
-    b: vec4<f16>,
-}
 
 // Neighbouring threads take neighbouring rows: their stores go to different banks.
 fn x_row(i: u32, lid: u32) -> u32 { return lid % 8u + lid / (8u * STEP8) * 8u + i * X_ROWS; }
@@ -85,21 +79,14 @@ fn w_start(i: u32, first: u32, last: u32, lid: u32) -> u32 {
     return weight_row(w_row(i, lid), first, last);
 }
 
-fn load_x(i: u32, at: u32, chunk: u32, lid: u32) -> Group {
+// Column of the thread's group of eight; past the end of a row the last one.
+fn x_group(chunk: u32, lid: u32) -> u32 { return chunk * CHUNK / 8u + x_col(lid); }
+
+fn load_x(i: u32, at: u32, chunk: u32, lid: u32) -> vec4<u32> {
     if (i < X_LOADS) {
-        var col = chunk * CHUNK / 8u + x_col(lid);
-        var live = true;
-        if (STEP8 > 4u) {
-            // The last step may be short: what follows counts as zero.
-            let end = p.n_chunks * CHUNK / 8u;
-            live = col < end;
-            col = min(col, end - 1u);
-        }
-        let a = x[2u * (at + col)];
-        let b = x[2u * (at + col) + 1u];
-        return Group(select(vec4<f16>(), a, live), select(vec4<f16>(), b, live));
+        return x[at + min(x_group(chunk, lid), p.n_chunks * CHUNK / 8u - 1u)];
     }
-    return Group();
+    return vec4(0u);
 }
 
 fn load_w(i: u32, row: u32, chunk: u32, lid: u32) -> vec4<u32> {
@@ -113,12 +100,17 @@ fn load_w(i: u32, row: u32, chunk: u32, lid: u32) -> vec4<u32> {
     return vec4(0u);
 }
 
-fn stage_x(i: u32, v: Group, lid: u32) {
+// What follows a row counts as zero. Looking at a load any earlier would mean waiting for it.
+fn stage_x(i: u32, v: vec4<u32>, chunk: u32, lid: u32) {
     let row = x_row(i, lid);
     if (i < X_LOADS && (TILE_TOKENS % X_ROWS == 0u || row < TILE_TOKENS)) {
         let to = row * STRIDE + 2u * x_col(lid);
-        staged[to] = v.a;
-        staged[to + 1u] = v.b;
+        var halves = v;
+        if (STEP8 > 4u && x_group(chunk, lid) >= p.n_chunks * CHUNK / 8u) {
+            halves = vec4(0u);
+        }
+        staged[to] = vec4<f16>(vec4(unpack2x16float(halves.x), unpack2x16float(halves.y)));
+        staged[to + 1u] = vec4<f16>(vec4(unpack2x16float(halves.z), unpack2x16float(halves.w)));
     }
 }
 
@@ -257,10 +249,10 @@ fn tile(first: u32, last: u32, lid: u32) {
     var c20: MatrixSum; var c21: MatrixSum; var c22: MatrixSum; var c23: MatrixSum;
     var c30: MatrixSum; var c31: MatrixSum; var c32: MatrixSum; var c33: MatrixSum;
     for (var chunk = 0u; chunk < p.n_chunks; chunk += STEP_CHUNKS) {
-        stage_x(0u, x0, lid);
-        stage_x(1u, x1, lid);
-        stage_x(2u, x2, lid);
-        stage_x(3u, x3, lid);
+        stage_x(0u, x0, chunk, lid);
+        stage_x(1u, x1, chunk, lid);
+        stage_x(2u, x2, chunk, lid);
+        stage_x(3u, x3, chunk, lid);
         stage_w(0u, w0, w_row0, chunk, lid);
         stage_w(1u, w1, w_row1, chunk, lid);
         stage_w(2u, w2, w_row2, chunk, lid);
