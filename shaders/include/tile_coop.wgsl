@@ -263,7 +263,7 @@ fn tile(first: u32, last: u32, lid: u32) {
         stage_w(7u, w7, w_row7, chunk, lid);
         workgroupBarrier();
         // The last step loads in vain: with a branch, loads would not overlap with products.
-        let next = min(chunk + STEP_CHUNKS, p.n_chunks - min(p.n_chunks, STEP_CHUNKS));
+        let next = min(chunk + STEP_CHUNKS, (p.n_chunks - 1u) / STEP_CHUNKS * STEP_CHUNKS);
         x0 = load_x(0u, x_at0, next, lid);
         x1 = load_x(1u, x_at1, next, lid);
         x2 = load_x(2u, x_at2, next, lid);
