@@ -32,6 +32,8 @@ mod mutations;
 mod offload;
 /// Experts on several devices give what one device gives.
 mod parallel;
+/// Devices that fail while they share experts are named, and nothing hangs.
+mod parallel_faults;
 /// Runs the binary and holds its output.
 mod program;
 /// Random models of odd sizes against a plain forward pass in f64.
