@@ -1,6 +1,6 @@
 // Causal attention of tiles of up to 32 successive tokens over the paged cache, in cooperative
-// matrices of 16 x 16 (FlashAttention, Dao et al. 2022). A subgroup of 32 threads takes the tile for
-// one query head; HEADS of them, which have a key head in common, share the staged keys and values,
+// matrices of 16 x 16 (FlashAttention, Dao et al. 2022). A subgroup of 32 threads takes the tile
+// for one query head; HEADS of them, which have a key head in common, share the staged keys and values,
 // 32 positions at a time. Scores pass through workgroup memory, where each thread owns a row: it
 // keeps the row's sum and a reference that its powers are relative to. The outputs stay in
 // matrices, which no thread can scale by row: they take a way through workgroup memory too, but
@@ -288,7 +288,8 @@ fn scale_rows(at: u32, own: u32, factor: f32) {
 }
 
 // Writes 16 columns of the thread's row.
-fn store(m0: MatrixSum, m1: MatrixSum, col4: u32, at: u32, own: u32, to: u32, row: Row, live: bool) {
+fn store(m0: MatrixSum, m1: MatrixSum, col4: u32, at: u32, own: u32, to: u32, row: Row,
+         live: bool) {
     put(m0, m1, at);
     if (live) {
         for (var i = 0u; i < 4u; i++) {
