@@ -1,8 +1,8 @@
 // Causal attention of tiles of up to 32 successive tokens over the paged cache, in cooperative
 // matrices of 16 x 16 (FlashAttention, Dao et al. 2022). A subgroup of 32 threads takes the tile
 // for one query head; HEADS of them, which have a key head in common, share the staged keys and
-// values, 32 positions at a time. Scores pass through workgroup memory, where each thread owns a row: it
-// keeps the row's sum and a reference that its powers are relative to. The outputs stay in
+// values, 32 positions at a time. Scores pass through workgroup memory, where each thread owns a
+// row: it keeps the row's sum and a reference that its powers are relative to. The outputs stay in
 // matrices, which no thread can scale by row: they take a way through workgroup memory too, but
 // only when a score exceeds its row's reference by LIMIT.
 enable f16;

@@ -1,8 +1,8 @@
 // A tile of TILE_TOKENS activation rows times TILE_ROWS weight rows by four subgroups of 32
 // threads, in cooperative matrices of 16 x 16: f16 operands, f32 sums. Both operands pass through
-// workgroup memory STEP columns at a time; the next ones are in registers meanwhile. Weights are widened to
-// f16 on the way, those in f32 split into two f16 that add up to 22 bits; scales of whole rows are
-// applied to the sums. Interface as in tile_simt.wgsl.
+// workgroup memory STEP columns at a time; the next ones are in registers meanwhile. Weights are
+// widened to f16 on the way, those in f32 split into two f16 that add up to 22 bits; scales of
+// whole rows are applied to the sums. Interface as in tile_simt.wgsl.
 //
 // If GATED, half of the tile's weight rows are gates and the other half the ups of the same
 // features, and `store` gets silu(gate) * up: a tile has TILE_ROWS / 2 features.
