@@ -131,7 +131,7 @@ async function ask(text) {
       if (moewe?.experts.length) {
         answer.append(token(content, moewe.experts));
         heat.add(moewe.experts);
-        answer.scrollIntoView({ block: "end" });
+        $("messages").scrollTop = $("messages").scrollHeight;
       } else if (content) {
         answer.append(content);
       }

@@ -2,7 +2,24 @@
 
 const CACHE = "moewe-page";
 
-self.addEventListener("install", () => self.skipWaiting());
+const FILES = [
+  "./",
+  "app.js",
+  "heat-map.js",
+  "style.css",
+  "moewe/index.js",
+  "moewe/errors.js",
+  "moewe/worker.js",
+  "moewe/download.js",
+  "moewe/wasm/moewe.js",
+  "moewe/wasm/moewe_bg.wasm",
+];
+
+self.addEventListener("install", (event) => {
+  // The page that registers this has fetched its files before.
+  event.waitUntil(caches.open(CACHE).then((cache) => cache.addAll(FILES)));
+  self.skipWaiting();
+});
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
 self.addEventListener("fetch", (event) => {
   const { request } = event;

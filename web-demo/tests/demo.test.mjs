@@ -146,6 +146,7 @@ test("a visitor loads, chats, sees experts, stops, and comes back offline", asyn
   const wide = await page.evaluate(() => document.documentElement.scrollWidth > innerWidth);
   assert.ok(!wide, "the page fits a phone");
 
+  await page.evaluate(() => navigator.serviceWorker.ready);
   await context.setOffline(true);
   await page.reload();
   await page.click("#load");
