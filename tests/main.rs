@@ -12,6 +12,8 @@ mod checkpoints;
 mod cli;
 /// The shipped model computes what transformers computed for it.
 mod default_model;
+/// Launches per layer, and how dummy weights route.
+mod dispatches;
 /// Every architecture against its golden, and verify against corrupted goldens.
 mod goldens;
 /// Results do not depend on batches, chunks, preemption, block size, device or run.

@@ -5,6 +5,7 @@ mod adapter;
 mod caps;
 mod cpu;
 mod gpu;
+mod pipelines;
 mod plan;
 mod recording;
 mod shader;
