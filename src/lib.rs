@@ -3,11 +3,12 @@
 //! Start with [`llm::Llm`], which finds a model, plans its memory, loads it and generates text:
 //!
 //! ```no_run
-//! use moewe::llm::{Llm, LlmOptions};
+//! use moewe::{engine::SamplingParams, llm::Llm};
 //!
-//! let mut llm = Llm::open(LlmOptions::default())?;
+//! let mut llm = Llm::builder().max_model_len(256).build()?;
 //! let prompt = llm.raw_prompt("Once upon a time")?;
-//! let answer = llm.generate(&prompt, llm.defaults.clone(), vec![], |piece| {
+//! let params = SamplingParams { max_tokens: Some(100), ..llm.defaults.clone() };
+//! let answer = llm.generate(&prompt, params, vec!["The end".into()], |piece| {
 //!     print!("{piece}");
 //!     true
 //! })?;

@@ -178,7 +178,7 @@ fn chat_in_a_terminal_remembers_and_resets() {
 
 #[test]
 fn every_command_has_help() {
-    for name in ["run", "chat", "verify", "eval", "adapters"] {
+    for name in ["run", "chat", "serve", "verify", "eval", "bench", "adapters"] {
         let help = run(&[name, "--help"]).stdout();
         assert!(help.contains("Usage: moewe") && help.contains(name), "{help}");
     }

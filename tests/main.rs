@@ -6,10 +6,14 @@
 mod bad_checkpoint;
 /// Bad input ends with exit code 1 and a sentence that names the cause, never with a panic.
 mod bad_input;
+/// Load on a server and on the engine: the fields that are reported.
+mod bench;
 /// Checkpoints to test with: those of the tree, edited copies, random ones.
 mod checkpoints;
 /// The binary: what it prints, where, and its exit codes.
 mod cli;
+/// The server keeps what its OpenAPI document and the files in deploy/ say.
+mod contract;
 /// The shipped model computes what transformers computed for it.
 mod default_model;
 /// Launches per layer, and how dummy weights route.
@@ -20,6 +24,8 @@ mod goldens;
 mod invariance;
 /// A damaged config.json or safetensors header never panics, hangs or loads as garbage.
 mod mutations;
+/// Experts that visit the device from the host's memory give what resident ones give.
+mod offload;
 /// Experts on several devices give what one device gives.
 mod parallel;
 /// Runs the binary and holds its output.

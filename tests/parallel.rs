@@ -29,13 +29,13 @@ fn spread(dir: &Path, devices: &[DeviceChoice], placement: ExpertPlacement) -> L
     Llm::open(options).unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
 }
 
-fn prompt(llm: &mut Llm, n: usize) -> Vec<u32> {
+pub(crate) fn prompt(llm: &mut Llm, n: usize) -> Vec<u32> {
     let vocab = llm.engine.runner().model().spec.vocab_size;
     (0..n).map(|i| ((i * 37 + 11) % vocab) as u32).collect()
 }
 
 /// Logits of a prompt in one step, then of one more token by itself. `[n + 1][vocabulary]`
-fn logits(llm: &mut Llm, n: usize) -> Vec<Vec<f32>> {
+pub(crate) fn logits(llm: &mut Llm, n: usize) -> Vec<Vec<f32>> {
     let tokens = prompt(llm, n + 1);
     let runner = llm.engine.runner();
     let blocks: Vec<u32> = (1..=(n + 1).div_ceil(16) as u32).collect();
@@ -49,7 +49,7 @@ fn logits(llm: &mut Llm, n: usize) -> Vec<Vec<f32>> {
     all
 }
 
-fn greedy(llm: &mut Llm, n: usize) -> Vec<u32> {
+pub(crate) fn greedy(llm: &mut Llm, n: usize) -> Vec<u32> {
     let tokens = prompt(llm, 9);
     let params =
         SamplingParams { max_tokens: Some(n), ignore_eos: true, ..SamplingParams::greedy() };
@@ -62,7 +62,7 @@ fn greedy(llm: &mut Llm, n: usize) -> Vec<u32> {
     answer
 }
 
-fn worst(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
+pub(crate) fn worst(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
     assert_eq!(a.len(), b.len());
     let pairs = a.iter().flatten().zip(b.iter().flatten());
     pairs.map(|(a, b)| (a - b).abs() / (1.0 + b.abs())).fold(0.0, f32::max)

@@ -27,9 +27,9 @@ use tokio::{
 use tower::ServiceExt;
 
 pub(crate) const CHAT: &str = "/v1/chat/completions";
-const COMPLETIONS: &str = "/v1/completions";
+pub(crate) const COMPLETIONS: &str = "/v1/completions";
 
-fn start(config: ServerConfig) -> Arc<App> {
+pub(crate) fn start(config: ServerConfig) -> Arc<App> {
     start_with_context(256, config)
 }
 
@@ -47,16 +47,19 @@ pub(crate) fn start_with_context(max_model_len: usize, config: ServerConfig) -> 
 }
 
 /// The server with default limits, for tests that leave no mark on it.
-static SHARED: LazyLock<Arc<App>> = LazyLock::new(|| start(ServerConfig::default()));
+pub(crate) static SHARED: LazyLock<Arc<App>> = LazyLock::new(|| start(ServerConfig::default()));
 
-async fn call(router: Router, request: Request<Body>) -> (StatusCode, HeaderMap, String) {
+pub(crate) async fn call(
+    router: Router,
+    request: Request<Body>,
+) -> (StatusCode, HeaderMap, String) {
     let response = router.oneshot(request).await.unwrap();
     let (parts, body) = response.into_parts();
     let bytes = to_bytes(body, 64 << 20).await.unwrap();
     (parts.status, parts.headers, String::from_utf8(bytes.to_vec()).unwrap())
 }
 
-fn post_request(path: &str, body: &Value) -> Request<Body> {
+pub(crate) fn post_request(path: &str, body: &Value) -> Request<Body> {
     let request = Request::post(path).header("content-type", "application/json");
     request.body(Body::from(body.to_string())).unwrap()
 }
@@ -69,13 +72,13 @@ pub(crate) async fn post(
     call(app(app_.clone()), post_request(path, body)).await
 }
 
-async fn post_ok(path: &str, body: &Value) -> Value {
+pub(crate) async fn post_ok(path: &str, body: &Value) -> Value {
     let (status, _, text) = post(&SHARED, path, body).await;
     assert_eq!(status, 200, "{text}");
     serde_json::from_str(&text).unwrap()
 }
 
-async fn get(app_: &Arc<App>, path: &str) -> (StatusCode, HeaderMap, String) {
+pub(crate) async fn get(app_: &Arc<App>, path: &str) -> (StatusCode, HeaderMap, String) {
     call(app(app_.clone()), Request::get(path).body(Body::empty()).unwrap()).await
 }
 
@@ -98,7 +101,7 @@ pub(crate) fn chunks(stream: &str) -> Vec<Value> {
     chunks.iter().map(|chunk| serde_json::from_str(&chunk[6..]).unwrap()).collect()
 }
 
-async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
         assert!(start.elapsed() < Duration::from_secs(20), "{what} did not come true");
@@ -228,6 +231,15 @@ impl futures_core::Stream for Silent {
     fn poll_next(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         Poll::Pending
     }
+}
+
+#[tokio::test]
+async fn priorities_are_for_servers_that_order_by_them() {
+    let body = hello(json!({"priority": -3}));
+    check_error(400, Some("priority"), &post(&SHARED, CHAT, &body).await);
+    post_ok(CHAT, &hello(json!({"priority": 0}))).await;
+    let ordered = start(ServerConfig { priorities: true, ..ServerConfig::default() });
+    assert_eq!(post(&ordered, CHAT, &body).await.0, 200);
 }
 
 #[tokio::test]
@@ -431,43 +443,4 @@ async fn a_draining_server_ends_what_is_open_and_takes_nothing_new() {
     client.read_to_string(&mut text).await.unwrap();
     assert!(text.contains("[DONE]") && text.contains("\"finish_reason\":\"length\""), "{text}");
     server.await.unwrap().unwrap();
-}
-
-#[tokio::test]
-async fn every_documented_path_is_served_and_every_served_path_documented() {
-    let (_, _, text) = get(&SHARED, "/openapi.json").await;
-    let document: Value = serde_json::from_str(&text).unwrap();
-    let mut documented: Vec<(String, String)> = Vec::new();
-    for (path, methods) in document["paths"].as_object().unwrap() {
-        documented.extend(methods.as_object().unwrap().keys().map(|m| (m.clone(), path.clone())));
-    }
-    let mut served: Vec<_> = ROUTES.iter().map(|(m, p)| (m.to_string(), p.to_string())).collect();
-    documented.sort();
-    served.sort();
-    assert_eq!(documented, served);
-    for (method, path) in served {
-        let path = path.replace("{id}", "gull");
-        let request = Request::builder().method(&*method.to_uppercase()).uri(&path);
-        let status = call(app(SHARED.clone()), request.body(Body::empty()).unwrap()).await.0;
-        assert!(status == 200 || (status == 415 && method == "post"), "{method} {path}: {status}");
-    }
-}
-
-#[tokio::test]
-async fn every_metric_named_in_deploy_exists() {
-    post_ok(CHAT, &hello(json!({}))).await;
-    let metrics = get(&SHARED, "/metrics").await.2;
-    let mut n = 0;
-    for file in [
-        include_str!("../deploy/grafana.json"),
-        include_str!("../deploy/recording_rules.yml"),
-        include_str!("../deploy/kubernetes/inference_pool.yaml"),
-    ] {
-        let name = |c: char| !(c.is_ascii_alphanumeric() || c == ':' || c == '_');
-        for word in file.split(name).filter(|w| w.starts_with("vllm:") || w.starts_with("vllm_")) {
-            n += 1;
-            assert!(metrics.contains(&format!("\n{word}{{")), "{word} is not in /metrics");
-        }
-    }
-    assert!(n > 25, "the files name only {n} metrics");
 }

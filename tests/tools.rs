@@ -2,7 +2,10 @@
 
 use std::sync::{Arc, LazyLock};
 
-use moewe::server::{App, ServerConfig};
+use moewe::{
+    server::{App, ServerConfig},
+    text::ToolFormat,
+};
 use serde_json::{Value, json};
 
 use super::server::{CHAT, check_error, chunks, hello, post, start_with_context};
@@ -92,6 +95,26 @@ async fn required_and_named_calls_are_made_whole_and_streamed() {
         assert_eq!(arguments(&streamed[0]), given);
         assert_eq!(streamed[0]["function"]["name"], calls[0]["function"]["name"]);
     }
+}
+
+#[tokio::test]
+async fn the_format_of_calls_can_be_chosen() {
+    let config = ServerConfig { tool_format: Some(ToolFormat::Json), ..ServerConfig::default() };
+    let json_calls = start_with_context(768, config);
+    let body = hello(json!({
+        "tools": [weather()], "tool_choice": "required", "parallel_tool_calls": false,
+        "max_tokens": 300,
+    }));
+    let (status, _, text) = post(&json_calls, CHAT, &body).await;
+    assert_eq!(status, 200, "{text}");
+    let answer: Value = serde_json::from_str(&text).unwrap();
+    let given = arguments(&answer["choices"][0]["message"]["tool_calls"][0]);
+    assert!(["Kiel", "Bonn"].contains(&given["city"].as_str().unwrap()), "{given}");
+    // The same request in the words of the other format.
+    let words = |text: &str| -> Value { serde_json::from_str(text).unwrap() };
+    let tokens = words(&post(&json_calls, "/tokenize", &body).await.2)["tokens"].clone();
+    let prompt = post(&json_calls, "/detokenize", &json!({"tokens": tokens})).await.2;
+    assert!(prompt.contains("parameters") && !prompt.contains("<tool_call>"), "{prompt}");
 }
 
 #[tokio::test]

@@ -1,9 +1,14 @@
-//! `moewe bench`: tokens per second of a model, its mixture-of-experts layer by kernel, and
-//! pictures of both.
+//! `moewe bench`: tokens per second of a model, its mixture-of-experts layer by kernel, pictures of
+//! both, and requests as vLLM's benchmarks make them.
 
 mod kernels;
+mod offline;
 mod picture;
+mod random;
+mod serve;
 mod subject;
+mod summary;
+mod traffic;
 
 use std::process::ExitCode;
 
@@ -29,6 +34,12 @@ pub(crate) struct Bench {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    /// Load a server with requests and measure what its clients see.
+    Serve(serve::Serve),
+    /// Measure how fast the engine answers many requests.
+    Throughput(offline::Throughput),
+    /// Measure how long a batch of requests takes.
+    Latency(offline::Latency),
     /// Measure the mixture-of-experts layer, kernel by kernel.
     Kernels(kernels::Kernels),
     /// Draw what `moewe bench -o json` and `moewe bench kernels -o json` have printed, as SVG.
@@ -39,6 +50,9 @@ impl Bench {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         match self.what {
             None => self.model.run(),
+            Some(What::Serve(command)) => command.run(),
+            Some(What::Throughput(command)) => command.run(),
+            Some(What::Latency(command)) => command.run(),
             Some(What::Kernels(command)) => command.run(),
             Some(What::Plot(command)) => command.run(),
         }

@@ -2,7 +2,11 @@
 
 use anyhow::{Context, ensure};
 use clap::Args;
-use moewe::{device::DeviceChoice, llm::ExpertPlacement};
+use moewe::{
+    device::DeviceChoice,
+    llm::ExpertPlacement,
+    parallel::{CacheOptions, CachePolicy},
+};
 
 /// Devices of a model.
 #[derive(Debug, Args)]
@@ -20,6 +24,27 @@ pub(crate) struct DeviceArgs {
     /// Which device gets which experts: linear, round_robin, or a JSON file
     #[arg(long, default_value = "linear")]
     expert_placement: String,
+    /// Keep all experts in the host's memory and copy those chosen to so much device memory: bytes,
+    /// or with K, M or G
+    #[arg(long, value_parser = bytes, conflicts_with_all = ["devices", "expert_parallel_size"])]
+    expert_cache_memory: Option<u64>,
+    /// Which expert leaves a full cache: lru or lfu
+    #[arg(long, default_value = "lru", requires = "expert_cache_memory")]
+    expert_cache_policy: CachePolicy,
+}
+
+/// Bytes, with or without K, M or G.
+fn bytes(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        _ => (text, 0),
+    };
+    let number: Option<u64> = digits.parse().ok();
+    number
+        .and_then(|n| n.checked_mul(1 << shift))
+        .ok_or_else(|| "give a number of bytes, such as 500000000, 800M or 12G".to_owned())
 }
 
 impl DeviceArgs {
@@ -36,6 +61,12 @@ impl DeviceArgs {
             devices.resize(n, devices[given - 1].clone());
         }
         Ok(devices)
+    }
+
+    /// The cache of experts, if there is one.
+    pub(crate) fn cache(&self) -> Option<CacheOptions> {
+        let policy = self.expert_cache_policy;
+        self.expert_cache_memory.map(|bytes| CacheOptions { bytes, policy })
     }
 
     /// Which device gets which experts.

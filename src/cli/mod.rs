@@ -4,7 +4,6 @@ mod adapters;
 mod bench;
 mod devices;
 mod eval;
-mod load;
 mod options;
 mod report;
 mod run;
@@ -38,10 +37,8 @@ pub(crate) enum Command {
     Verify(verify::Verify),
     /// Perplexity of a text.
     Eval(eval::Eval),
-    /// Measure tokens per second.
-    Bench(bench::Bench),
-    /// Load a server with requests and measure what its clients see.
-    Load(load::Load),
+    /// Measure tokens per second, of kernels, the engine or a server.
+    Bench(Box<bench::Bench>),
     /// List the adapters that `--device` can name.
     Adapters(adapters::Adapters),
 }
@@ -55,7 +52,6 @@ impl Command {
             Self::Verify(command) => command.run(),
             Self::Eval(command) => command.run(),
             Self::Bench(command) => command.run(),
-            Self::Load(command) => command.run(),
             Self::Adapters(command) => command.run(),
         }
     }

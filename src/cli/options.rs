@@ -77,6 +77,19 @@ pub(crate) struct ModelArgs {
     /// Device memory to stay within, MiB [default: what the device reports]
     #[arg(long)]
     memory_limit: Option<u64>,
+    /// Share of the device's memory to use, where there is no --memory-limit
+    #[arg(long, default_value_t = 0.92)]
+    gpu_memory_utilization: f32,
+    /// Size of the key/value cache, MiB [default: what weights and activations leave, at most what
+    /// all sequences at full length need]
+    #[arg(long)]
+    kv_cache_memory: Option<u64>,
+    /// Positions of a block of the key/value cache
+    #[arg(long, default_value_t = 16)]
+    block_size: usize,
+    /// Do not share the cache among prompts with the same beginning
+    #[arg(long, alias = "no-enable-prefix-caching")]
+    pub(crate) no_prefix_caching: bool,
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
@@ -95,6 +108,17 @@ impl ModelArgs {
         let int8 = matches!(weights, WeightFormat::W8 { .. });
         ensure!(self.group_size.is_none() || int8, "--group-size goes with --weights w8a16");
         ensure!(self.max_num_batched_tokens > 0, "--max-num-batched-tokens must be at least 1");
+        ensure!(
+            (1..=1024).contains(&self.block_size),
+            "--block-size is {}, but must be from 1 to 1024",
+            self.block_size
+        );
+        ensure!(
+            self.gpu_memory_utilization > 0.0 && self.gpu_memory_utilization <= 1.0,
+            "--gpu-memory-utilization is {}, but must be above 0 and at most 1",
+            self.gpu_memory_utilization
+        );
+        let mebibytes = |mib: u64| mib.saturating_mul(1 << 20);
         let mut devices = self.devices.choices()?;
         Ok(LlmOptions {
             model: self.model.clone(),
@@ -103,6 +127,7 @@ impl ModelArgs {
             device: devices.remove(0),
             expert_devices: devices,
             expert_placement: self.devices.placement()?,
+            expert_cache: self.devices.cache(),
             tier: self.tier.map(|tier| match tier {
                 TierArg::Portable => Tier::Portable,
                 TierArg::Fast => Tier::Fast,
@@ -115,8 +140,15 @@ impl ModelArgs {
             },
             max_model_len: self.max_model_len,
             max_num_batched_tokens: self.max_num_batched_tokens,
-            memory_limit: self.memory_limit.map(|mib| mib.saturating_mul(1 << 20)),
-            engine: EngineConfig { seed: self.seed, ..EngineConfig::default() },
+            block_size: self.block_size,
+            memory_limit: self.memory_limit.map(mebibytes),
+            gpu_memory_utilization: self.gpu_memory_utilization,
+            kv_cache_memory: self.kv_cache_memory.map(mebibytes),
+            engine: EngineConfig {
+                seed: self.seed,
+                prefix_caching: !self.no_prefix_caching,
+                ..EngineConfig::default()
+            },
             ..LlmOptions::default()
         })
     }
@@ -135,11 +167,12 @@ impl ModelArgs {
             eprintln!("        {device}: experts of rank {}", rank + 1);
         }
         eprintln!("memory  {}", planned.memory);
-        let bar = ProgressBar::new(planned.memory.weights).with_style(
-            ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes} {eta}")?,
-        );
+        let bytes = planned.memory.weights + planned.memory.host;
+        let bar = ProgressBar::new(bytes).with_style(ProgressStyle::with_template(
+            "loading {bar:30} {bytes}/{total_bytes} {eta}",
+        )?);
         // Small models are there before a bar can be read.
-        if planned.memory.weights < 256 << 20 {
+        if bytes < 256 << 20 {
             bar.set_draw_target(indicatif::ProgressDrawTarget::hidden());
         }
         bar.enable_steady_tick(Duration::from_millis(200));

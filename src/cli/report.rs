@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::Context;
-use moewe::{bench::by_kernel, device::Timing};
+use moewe::{bench::by_kernel, device::Timing, parallel::CacheStats};
 
 /// Prints a line to stdout. Unlike `println!` it does not panic where that is full or closed.
 pub(crate) fn print_line(text: impl std::fmt::Display) -> anyhow::Result<()> {
@@ -69,6 +69,22 @@ impl std::fmt::Display for Speed {
             self.decode_tokens_per_s
         )
     }
+}
+
+/// Prints what the cache of experts did.
+pub(crate) fn print_cache(cache: &CacheStats) {
+    eprintln!(
+        "expert cache: {} of {} experts on the device, {:.1} % of {} uses hit, {:.1} MiB moved, \
+         {} stalls of {:.1} ms in sum, {} extra turns",
+        cache.slots,
+        cache.experts,
+        cache.hit_rate() * 100.0,
+        cache.hits + cache.misses,
+        cache.bytes_moved as f64 / f64::from(1 << 20),
+        cache.stalls,
+        cache.stalled.as_secs_f64() * 1e3,
+        cache.extra_turns
+    );
 }
 
 /// Prints calls, total time and share by kernel, longest first.

@@ -20,7 +20,7 @@ use rustyline::error::ReadlineError;
 
 use super::{
     options::{ModelArgs, SamplingArgs, Weights},
-    report::{Speed, Stopwatch, print_line, print_profile},
+    report::{Speed, Stopwatch, print_cache, print_line, print_profile},
 };
 
 /// Options of `moewe chat`.
@@ -93,6 +93,9 @@ impl Run {
                 eprintln!("a step of the last shape has {n} dispatches");
             }
             print_profile(&timings, answer.tokens.len());
+            if let Some(cache) = &llm.engine.stats().expert_cache {
+                print_cache(cache);
+            }
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -3,10 +3,12 @@
 use std::{net::IpAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use moewe::{
+    engine::Policy,
     llm::PlannedLlm,
     server::{App, ServerConfig, listen},
+    text::ToolFormat,
 };
 use tokio::{net::TcpListener, sync::watch};
 
@@ -55,6 +57,13 @@ pub(crate) struct Serve {
     /// Sequences that run together
     #[arg(long, default_value_t = 16)]
     max_num_seqs: usize,
+    /// Who runs first when not all can: fcfs, first come first served, or priority, requests of the
+    /// lowest `priority`
+    #[arg(long, value_enum, default_value = "fcfs")]
+    scheduling_policy: SchedulingPolicy,
+    /// How the model writes tool calls: as its chat template says, <tool_call>s, or bare JSON
+    #[arg(long, value_enum, default_value = "auto")]
+    tool_call_parser: ToolCallParser,
     /// Requests that may be open, running and waiting; more are refused with 503
     #[arg(long, default_value_t = 256)]
     max_queue: usize,
@@ -67,9 +76,22 @@ pub(crate) struct Serve {
     /// Seconds for open requests to end after a signal; a second signal ends them at once
     #[arg(long, default_value_t = 30)]
     shutdown_timeout: u64,
-    /// Do not share the cache among prompts with the same beginning
-    #[arg(long)]
-    no_prefix_caching: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+enum SchedulingPolicy {
+    Fcfs,
+    Priority,
+}
+
+/// By the names of vLLM's parsers, too.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ToolCallParser {
+    Auto,
+    #[value(alias = "qwen")]
+    Hermes,
+    #[value(alias = "llama3_json")]
+    Json,
 }
 
 impl Serve {
@@ -77,7 +99,10 @@ impl Serve {
         let config = self.config()?;
         let mut options = self.model.options(Weights::W8a16)?;
         options.max_num_seqs = self.max_num_seqs.max(1);
-        options.engine.prefix_caching = !self.no_prefix_caching;
+        options.engine.policy = match self.scheduling_policy {
+            SchedulingPolicy::Fcfs => Policy::Fcfs,
+            SchedulingPolicy::Priority => Policy::Priority,
+        };
         options.engine.routing_timing_interval = ROUTING_TIMING_INTERVAL;
         options.engine.max_queue = self.max_queue * 16;
         let mut first = Some(self.model.load(options.clone())?);
@@ -130,7 +155,13 @@ impl Serve {
             request_timeout: self.request_timeout.map(Duration::from_secs),
             shutdown_timeout: Duration::from_secs(self.shutdown_timeout),
             per_expert_metrics: self.expert_metrics,
-            prefix_caching: !self.no_prefix_caching,
+            prefix_caching: !self.model.no_prefix_caching,
+            priorities: self.scheduling_policy == SchedulingPolicy::Priority,
+            tool_format: match self.tool_call_parser {
+                ToolCallParser::Auto => None,
+                ToolCallParser::Hermes => Some(ToolFormat::Hermes),
+                ToolCallParser::Json => Some(ToolFormat::Json),
+            },
             ..ServerConfig::default()
         })
     }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{
-    BufferId, Caps, DeviceError, Dispatch, Shader, Tier, adapter,
+    BufferId, Caps, CopyPart, DeviceError, Dispatch, Shader, Tier, adapter,
     pipelines::{Pipeline, Pipelines},
     plan::StagingPool,
 };
@@ -208,13 +208,60 @@ impl Gpu {
             DeviceError::OutOfMemory { .. } => DeviceError::OutOfMemory { bytes },
             other => other,
         })?;
+        let id = self.hold(buffer);
+        self.peak_bytes = self.peak_bytes.max(self.allocated_bytes());
+        Ok(id)
+    }
+
+    fn hold(&mut self, buffer: wgpu::Buffer) -> BufferId {
         let id = self.buffers.iter().position(Option::is_none).unwrap_or(self.buffers.len());
         if id == self.buffers.len() {
             self.buffers.push(None);
         }
         self.buffers[id] = Some(buffer);
-        self.peak_bytes = self.peak_bytes.max(self.allocated_bytes());
-        Ok(BufferId(id as u32))
+        BufferId(id as u32)
+    }
+
+    /// A buffer of the host's memory with these bytes. Written once, while it is mapped; copies out
+    /// of it need no staging and no work of the host.
+    pub(super) fn keep_on_host(
+        &mut self,
+        what: &str,
+        bytes: &[u8],
+    ) -> Result<BufferId, DeviceError> {
+        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some(what),
+            size: bytes.len() as u64,
+            usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: true,
+        });
+        let out_of_memory = DeviceError::OutOfMemory { bytes: bytes.len() as u64 };
+        let Ok(mut view) = buffer.get_mapped_range_mut(..) else {
+            self.check()?;
+            return Err(out_of_memory);
+        };
+        view.copy_from_slice(bytes);
+        drop(view);
+        buffer.unmap();
+        self.check().map_err(|error| match error {
+            DeviceError::OutOfMemory { .. } => out_of_memory,
+            other => other,
+        })?;
+        Ok(self.hold(buffer))
+    }
+
+    pub(super) fn copy(&mut self, parts: &[CopyPart]) {
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        for part in parts {
+            encoder.copy_buffer_to_buffer(
+                self.buffer(part.from.buffer),
+                part.from.offset + part.from_byte,
+                self.buffer(part.to.buffer),
+                part.to.offset + part.to_byte,
+                part.bytes,
+            );
+        }
+        self.queue.submit([encoder.finish()]);
     }
 
     pub(super) fn free(&mut self, id: BufferId) {
@@ -224,7 +271,8 @@ impl Gpu {
     }
 
     pub(super) fn allocated_bytes(&self) -> u64 {
-        self.buffers.iter().flatten().map(wgpu::Buffer::size).sum()
+        let on_host = |b: &&wgpu::Buffer| b.usage().contains(wgpu::BufferUsages::MAP_WRITE);
+        self.buffers.iter().flatten().filter(|b| !on_host(b)).map(wgpu::Buffer::size).sum()
     }
 
     pub(super) fn peak_bytes(&self) -> u64 {

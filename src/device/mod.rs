@@ -119,6 +119,21 @@ pub trait Allocate {
     fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor, DeviceError>;
 }
 
+/// Bytes to copy from one buffer to another, all in whole 4-byte words.
+#[derive(Debug, Clone, Copy)]
+pub struct CopyPart {
+    /// What is read.
+    pub from: Tensor,
+    /// Byte of it where reading starts.
+    pub from_byte: u64,
+    /// What is written.
+    pub to: Tensor,
+    /// Byte of it where writing starts.
+    pub to_byte: u64,
+    /// How many.
+    pub bytes: u64,
+}
+
 /// Counts what a device would have to hold.
 #[derive(Debug, Clone)]
 pub struct Tally {
@@ -214,6 +229,31 @@ impl Device {
         match self {
             Device::Gpu(gpu) => gpu.driver().into(),
             Device::Cpu(_) => String::new(),
+        }
+    }
+
+    /// Puts bytes where the device copies them from by itself: the host's memory, which counts
+    /// neither as allocated nor against any binding. U8 `[bytes]`, whole 4-byte words.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`].
+    pub fn keep_on_host(&mut self, what: &str, bytes: &[u8]) -> Result<Tensor, DeviceError> {
+        let id = match self {
+            Device::Gpu(gpu) => gpu.keep_on_host(what, bytes)?,
+            Device::Cpu(cpu) => {
+                let id = cpu.alloc(bytes.len() as u64)?;
+                cpu.write(id, 0, bytes);
+                id
+            }
+        };
+        Ok(Tensor::new(id, &[bytes.len()], DType::U8))
+    }
+
+    /// Copies bytes between buffers, behind all work submitted so far and before what follows.
+    pub fn copy(&mut self, parts: &[CopyPart]) {
+        match self {
+            Device::Gpu(gpu) => gpu.copy(parts),
+            Device::Cpu(cpu) => parts.iter().for_each(|part| cpu.copy(part)),
         }
     }
 

@@ -14,7 +14,7 @@ mod stats;
 
 use std::{ops::Range, sync::Arc};
 
-use crate::Result;
+use crate::{Result, parallel::Exchange};
 
 pub use batch::{Batch, BatchSequence, LogitRows};
 pub use blocks::{BlockPool, PrefixId};
@@ -181,6 +181,8 @@ impl Engine {
             non_finite: counters.non_finite,
             routing_ms: counters.routing_ms,
             experts: self.experts.clone(),
+            exchange: self.runner.exchange().map(Exchange::stats),
+            expert_cache: self.runner.exchange().and_then(Exchange::cache_stats),
         }
     }
 

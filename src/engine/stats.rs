@@ -2,7 +2,11 @@
 
 use std::sync::Arc;
 
-use crate::{kernels::CountExperts, model::ModelSpec};
+use crate::{
+    kernels::CountExperts,
+    model::ModelSpec,
+    parallel::{CacheStats, ExchangeStats},
+};
 
 /// A snapshot of the engine.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -37,6 +41,10 @@ pub struct EngineStats {
     pub routing_ms: Option<f64>,
     /// What the experts did.
     pub experts: Arc<ExpertStats>,
+    /// What went to other devices, if any hold experts.
+    pub exchange: Option<ExchangeStats>,
+    /// What the cache of experts did, if there is one.
+    pub expert_cache: Option<CacheStats>,
 }
 
 /// Work of the experts since the start, as of the last reading.

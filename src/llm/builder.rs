@@ -1,6 +1,8 @@
 //! What to load and how, set one by one.
 
-use crate::{device::DeviceChoice, engine::EngineConfig, weights::WeightFormat};
+use crate::{
+    device::DeviceChoice, engine::EngineConfig, parallel::CacheOptions, weights::WeightFormat,
+};
 
 use super::{ExpertPlacement, Llm, LlmOptions, LoadFormat};
 
@@ -34,6 +36,8 @@ setters! {
     expert_devices: Vec<DeviceChoice> => expert_devices,
     /// Which experts go where.
     expert_placement: ExpertPlacement => expert_placement,
+    /// Keep all experts in the host's memory, and so many bytes of them on the device.
+    expert_cache: CacheOptions => Some(expert_cache),
     /// Packing of the experts' weights.
     weights: WeightFormat => weights,
     /// Where weights come from.

@@ -5,7 +5,7 @@ use std::fmt;
 use crate::{
     Result,
     device::{Device, DeviceError, Tally},
-    model::{KvCache, Limits, Model, ModelSpec, Precision, Scratch},
+    model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Precision, Scratch},
     parallel::ExpertLayout,
 };
 
@@ -20,6 +20,8 @@ pub struct MemoryPlan {
     pub kv_cache: u64,
     /// Activations, logits and inputs of a step.
     pub scratch: u64,
+    /// Experts that stay in the host's memory; no part of the device's.
+    pub host: u64,
     /// What may be used, where that is known.
     pub available: Option<u64>,
 }
@@ -61,6 +63,10 @@ pub(super) fn plan(
         weights: weights.bytes,
         kv_cache: kv_cache.bytes,
         scratch: scratch.bytes,
+        host: match layout {
+            ExpertLayout::Cached(_) => ExpertCache::host_bytes(spec, precision),
+            _ => 0,
+        },
         available: match options.kv_cache_memory {
             // The caller's word counts, but the cache must hold one sequence.
             Some(bytes) => {
@@ -74,7 +80,7 @@ pub(super) fn plan(
 }
 
 impl MemoryPlan {
-    /// All of it.
+    /// All of the device's.
     pub fn total(&self) -> u64 {
         self.weights.saturating_add(self.kv_cache).saturating_add(self.scratch)
     }
@@ -100,6 +106,10 @@ impl fmt::Display for MemoryPlan {
             mib(self.kv_cache),
             mib(self.scratch)
         )?;
-        self.available.map_or(Ok(()), |bytes| write!(f, " of {}", mib(bytes)))
+        self.available.map_or(Ok(()), |bytes| write!(f, " of {}", mib(bytes)))?;
+        match self.host {
+            0 => Ok(()),
+            bytes => write!(f, "; experts in the host's memory {}", mib(bytes)),
+        }
     }
 }

@@ -17,7 +17,8 @@ use crate::{
     Result,
     device::{Device, DeviceChoice, Tier},
     engine::{Engine, EngineConfig, Runner, SamplingParams},
-    model::{KvCache, Limits, Model, ModelSpec, Precision},
+    model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Precision},
+    parallel::{CacheOptions, Exchange},
     text::{ChatTemplate, Tokenizer},
     weights::{Checkpoint, DummySource, Files, Source, WeightFormat},
 };
@@ -60,6 +61,8 @@ pub struct LlmOptions {
     pub expert_devices: Vec<DeviceChoice>,
     /// Which experts go where.
     pub expert_placement: ExpertPlacement,
+    /// Keep all experts in the host's memory, and so many bytes of them on the device.
+    pub expert_cache: Option<CacheOptions>,
     /// Highest tier of the adapter to use, for tests and to rule a tier out; all if absent.
     pub tier: Option<Tier>,
     /// Packing of the experts' weights, see [`Precision::of`].
@@ -98,6 +101,7 @@ impl Default for LlmOptions {
             device: DeviceChoice::Auto,
             expert_devices: Vec::new(),
             expert_placement: ExpertPlacement::Linear,
+            expert_cache: None,
             tier: None,
             weights: WeightFormat::W8 { group: None },
             load_format: LoadFormat::Safetensors,
@@ -187,8 +191,7 @@ impl PlannedLlm {
             max_penalized: options.max_num_seqs.clamp(1, 32),
         }
         .fit(&spec, &device.caps());
-        let (choices, placement) = (&options.expert_devices, &options.expert_placement);
-        let spread = Spread::open(choices, options.tier, placement, &spec).await?;
+        let spread = Spread::open(&options, &spec).await?;
         let limits = spread.fit(limits, &spec);
         let layout = spread.layout();
         let (memory, n_blocks) =
@@ -256,6 +259,14 @@ impl PlannedLlm {
             &layout,
             progress,
         )?;
+        let exchange = match self.spread.cache {
+            Some(options) => {
+                let device = &mut self.device;
+                let cache = ExpertCache::load(&model, &*source, device, options, progress)?;
+                Some(Box::new(cache) as Box<dyn Exchange>)
+            }
+            None => exchange,
+        };
         let mut runner = Runner::new(self.device, model, kv, self.limits)?;
         if let Some(exchange) = exchange {
             runner = runner.with_exchange(exchange);

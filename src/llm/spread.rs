@@ -3,11 +3,15 @@
 
 use crate::{
     Result,
-    device::{Device, DeviceChoice, Tier},
-    model::{ExpertShard, Limits, ModelSpec, Precision},
-    parallel::{Exchange, ExpertLayout, Owners, ParallelError, Placement, Sharded, Worker},
+    device::Device,
+    model::{ExpertCache, ExpertShard, Limits, ModelSpec, Precision},
+    parallel::{
+        CacheOptions, Exchange, ExpertLayout, Owners, ParallelError, Placement, Sharded, Worker,
+    },
     weights::Source,
 };
+
+use super::LlmOptions;
 
 /// How experts are spread over devices.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -43,34 +47,45 @@ pub(super) struct Spread {
     devices: Vec<Device>,
     /// By layer that has experts; none if the primary device is alone.
     owners: Vec<Owners>,
+    /// The primary device has slots for experts, and the host's memory all of them.
+    pub(super) cache: Option<CacheOptions>,
+    /// Slots of each layer.
+    slots: usize,
 }
 
 impl Spread {
-    /// Opens the devices of ranks 1, 2, ...
-    pub(super) async fn open(
-        choices: &[DeviceChoice],
-        tier: Option<Tier>,
-        placement: &ExpertPlacement,
-        spec: &ModelSpec,
-    ) -> Result<Self> {
-        if choices.is_empty() || spec.n_experts() == 0 {
+    /// Opens the devices of ranks 1, 2, ..., or sizes the only one's cache of experts.
+    pub(super) async fn open(options: &LlmOptions, spec: &ModelSpec) -> Result<Self> {
+        let choices = &options.expert_devices;
+        if spec.n_experts() == 0 {
+            return Ok(Self::default());
+        }
+        if let Some(cache) = options.expert_cache {
+            if !choices.is_empty() {
+                return Err(ParallelError::CacheOnSeveral.into());
+            }
+            let slots = ExpertCache::slots(spec, Precision::of(options.weights), cache.bytes)?;
+            return Ok(Self { cache: Some(cache), slots, ..Self::default() });
+        }
+        if choices.is_empty() {
             return Ok(Self::default());
         }
         let mut devices = Vec::new();
         for choice in choices {
             let mut device = Device::open(choice).await?;
-            if let Some(tier) = tier {
+            if let Some(tier) = options.tier {
                 device.shrink(tier);
             }
             devices.push(device);
         }
-        let owners = placement.owners(spec, 1 + devices.len())?;
-        Ok(Self { devices, owners })
+        let owners = options.expert_placement.owners(spec, 1 + devices.len())?;
+        Ok(Self { devices, owners, ..Self::default() })
     }
 
     /// What the primary device holds.
     pub(super) fn layout(&self) -> ExpertLayout {
         match self.devices.is_empty() {
+            true if self.cache.is_some() => ExpertLayout::Cached(self.slots),
             true => ExpertLayout::All,
             false => ExpertLayout::Share(self.owners.clone(), 0),
         }
@@ -88,7 +103,7 @@ impl Spread {
 
     /// Loads each device's experts, and those alone.
     pub(super) fn load(
-        self,
+        &mut self,
         spec: &ModelSpec,
         source: &dyn Source,
         precision: Precision,
@@ -105,7 +120,8 @@ impl Spread {
                 .map_err(|e| ParallelError::Worker { rank, cause: e.to_string() })?;
             Ok(Box::new(shard))
         };
-        let workers = self.devices.into_iter().enumerate().map(load).collect::<Result<_>>()?;
-        Ok(Some(Box::new(Sharded::new(workers, self.owners))))
+        let devices = std::mem::take(&mut self.devices).into_iter().enumerate();
+        let workers = devices.map(load).collect::<Result<_>>()?;
+        Ok(Some(Box::new(Sharded::new(workers, self.owners.clone()))))
     }
 }

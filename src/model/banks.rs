@@ -1,10 +1,15 @@
 //! Banks of experts: what a checkpoint calls their matrices, and how they are loaded side by side.
 
-use crate::{Result, kernels::Matrix, weights::WeightFormat};
+use crate::{
+    Result,
+    device::Tensor,
+    kernels::Matrix,
+    weights::{Source, WeightFormat},
+};
 
 use super::{
-    ModelSpec,
-    loader::{Cols, Fused, Loader, Rows},
+    ModelSpec, MoeSpec, Precision,
+    loader::{Cols, Fused, Loader, Rows, pack},
 };
 
 /// Weights of a set of experts, gate rows above up rows: (place of the first, matrices).
@@ -12,6 +17,29 @@ use super::{
 pub(super) struct Banks {
     pub(super) gate_up: Vec<(usize, Matrix)>,
     pub(super) down: Vec<(usize, Matrix)>,
+}
+
+/// Where some bytes of one expert lie in its bank: the tensor, the first byte, how many.
+pub(super) type Part = (Tensor, u64, u64);
+
+impl Banks {
+    /// Where the expert at `place` lies, in the order of [`BankShape::pack`].
+    pub(super) fn parts(&self, place: usize) -> Vec<Part> {
+        [&self.gate_up, &self.down].into_iter().flat_map(|banks| parts(banks, place)).collect()
+    }
+}
+
+fn parts(banks: &[(usize, Matrix)], place: usize) -> Vec<Part> {
+    let inside =
+        |&&(first, bank): &&(usize, Matrix)| (first..first + bank.n_experts).contains(&place);
+    let &(first, bank) = banks.iter().find(inside).expect("a place in one of the banks");
+    let part = |tensor: Tensor| {
+        let bytes = tensor.bytes() / bank.n_experts as u64;
+        (tensor, (place - first) as u64 * bytes, bytes)
+    };
+    let scaled = bank.scales != bank.weights;
+    let scales = scaled.then(|| part(bank.scales));
+    std::iter::once(part(bank.weights)).chain(scales).collect()
 }
 
 /// How a checkpoint spells the weights of experts; each variant has a prefix.
@@ -26,11 +54,15 @@ pub(super) enum ExpertNames {
 
 /// Prefix of a layer's mixture and the names of its experts. transformers v5 keeps experts fused
 /// and saves them so if asked (`save_original_format=False`), below `mlp` in every architecture.
-pub(super) fn names(loader: &Loader<'_>, spec: &ModelSpec, index: usize) -> (String, ExpertNames) {
+pub(super) fn names(
+    contains: impl Fn(&str) -> bool,
+    spec: &ModelSpec,
+    index: usize,
+) -> (String, ExpertNames) {
     let (layer, projections) = (format!("model.layers.{index}"), spec.names.expert);
     let (fused, each) = (format!("{layer}.mlp"), format!("{layer}.{}", spec.names.moe));
     let first = format!("{each}.experts.0.{}.weight", projections[0]);
-    if loader.contains(&format!("{fused}.experts.gate_up_proj")) && !loader.contains(&first) {
+    if contains(&format!("{fused}.experts.gate_up_proj")) && !contains(&first) {
         let names = ExpertNames::Fused(format!("{fused}.experts"));
         return (fused, names);
     }
@@ -81,12 +113,61 @@ pub(super) struct BankShape {
 }
 
 impl BankShape {
+    /// The routed experts of a layer.
+    pub(super) fn of(
+        spec: &ModelSpec,
+        moe: &MoeSpec,
+        names: ExpertNames,
+        precision: Precision,
+    ) -> Self {
+        Self {
+            names,
+            n_experts: moe.routing.n_experts,
+            hidden: spec.hidden_size,
+            width: moe.intermediate_size,
+            format: precision.experts,
+        }
+    }
+
     fn gate_up(&self, expert: usize) -> Vec<Rows> {
         self.names.gate_up(self.n_experts, expert, self.width)
     }
 
     fn down(&self, expert: usize) -> Vec<Rows> {
         vec![self.names.down(self.n_experts, expert, self.hidden)]
+    }
+
+    /// Banks with `n_places` for experts, and nothing in them.
+    pub(super) fn empty(&self, loader: &mut Loader<'_>, n_places: usize) -> Result<Banks> {
+        let (hidden, width) = (Cols::all(self.hidden), Cols::all(self.width));
+        let gate_up = loader.empty_banks(n_places, &self.gate_up(0), hidden, self.format)?;
+        let down = loader.empty_banks(n_places, &self.down(0), width, self.format)?;
+        Ok(Banks { gate_up, down })
+    }
+
+    /// Packs one expert as banks hold it: gate and up rows, their scales, down rows, their scales.
+    pub(super) fn pack(&self, source: &dyn Source, expert: usize) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        for (stack, cols) in [(self.gate_up(expert), self.hidden), (self.down(expert), self.width)]
+        {
+            let n_rows = stack.iter().map(Rows::stacked).sum();
+            let mut scales = Vec::new();
+            pack(source, &stack, 0..n_rows, Cols::all(cols), self.format, |_, packed| {
+                bytes.extend(packed.weights);
+                scales.extend(packed.scales);
+            })?;
+            bytes.extend(bytemuck::cast_slice::<f32, u8>(&scales));
+        }
+        Ok(bytes)
+    }
+
+    /// Bytes of one packed expert.
+    pub(super) fn expert_bytes(&self) -> u64 {
+        let matrix = |stack: Vec<Rows>, cols: usize| {
+            let n_rows: usize = stack.iter().map(Rows::stacked).sum();
+            n_rows * (self.format.bytes_per_row(cols) + 4 * self.format.scales_per_row(cols))
+        };
+        (matrix(self.gate_up(0), self.hidden) + matrix(self.down(0), self.width)) as u64
     }
 
     /// Loads some experts, in this order.
@@ -101,11 +182,7 @@ impl BankShape {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        device::Device,
-        model::{Precision, arch},
-        weights::MemorySource,
-    };
+    use crate::{device::Device, model::arch, weights::MemorySource};
 
     const SIZES: (usize, usize, usize) = (3, 5, 7); // Experts, hidden, width.
 
@@ -130,7 +207,7 @@ mod tests {
         let mut loader = Loader::new(source, &mut device, &|_| {});
         let precision = Precision::of(WeightFormat::F32);
         let shape = BankShape {
-            names: names(&loader, &spec, 0).1,
+            names: names(|name| loader.contains(name), &spec, 0).1,
             n_experts,
             hidden,
             width: moe.intermediate_size,

@@ -94,7 +94,7 @@ impl Experts {
         layout: &ExpertLayout,
     ) -> Result<Self> {
         let (hidden, r) = (spec.hidden_size, moe.routing);
-        let (prefix, names) = names(loader, spec, index);
+        let (prefix, names) = names(|name| loader.contains(name), spec, index);
         let bias = (format!("{prefix}.gate.e_score_correction_bias"), r.n_experts, None);
         let correction_bias = match moe.correction_bias {
             false => None,
@@ -113,13 +113,7 @@ impl Experts {
                 Some(Shared::load(loader, hidden, shared, &prefix, precision)?)
             }
         };
-        let shape = BankShape {
-            names,
-            n_experts: r.n_experts,
-            hidden,
-            width: moe.intermediate_size,
-            format: precision.experts,
-        };
+        let shape = BankShape::of(spec, moe, names, precision);
         let moe_index = spec.moe_layers().take_while(|&(i, _)| i < index).count();
         Ok(Self {
             router: router(loader, format!("{prefix}.gate"), r.n_experts, hidden)?,
@@ -127,6 +121,11 @@ impl Experts {
             routed: RoutedExperts::load(loader, &shape, r, layout, moe_index)?,
             shared,
         })
+    }
+
+    /// The routed experts.
+    pub(super) fn routed(&self) -> &RoutedExperts {
+        &self.routed
     }
 
     /// Whether the router of `n` tokens normalises them on the way.
@@ -227,23 +226,37 @@ impl RoutedExperts {
         moe_index: usize,
     ) -> Result<Self> {
         let all = || (0..shape.n_experts).collect::<Vec<_>>();
+        let mut table =
+            |cols: usize, map: &[i32]| loader.table("expert map", &[routing.n_experts, cols], map);
         let (held, map) = match layout {
             ExpertLayout::All => (all(), None),
             ExpertLayout::Share(owners, rank) => {
                 let owners = &owners[moe_index];
                 let (cols, map) = owners.map(*rank);
-                let map = loader.table("expert map", &[routing.n_experts, cols], &map)?;
-                (owners.held(*rank).to_vec(), Some(map))
+                (owners.held(*rank).to_vec(), Some(table(cols, &map)?))
+            }
+            ExpertLayout::Cached(slots) => {
+                let nowhere = [1, -1].repeat(routing.n_experts);
+                ((0..(*slots).min(routing.n_experts)).collect(), Some(table(2, &nowhere)?))
             }
         };
+        let banks = match layout {
+            ExpertLayout::Cached(_) => shape.empty(loader, held.len())?,
+            _ => shape.load(loader, &held)?,
+        };
         Ok(Self {
-            banks: shape.load(loader, &held)?,
+            banks,
             routing,
             width: shape.width,
             n_held: held.len(),
             map,
             is_shared_out: matches!(layout, ExpertLayout::Share(..)),
         })
+    }
+
+    /// Banks with so many places, and the map that says what is in them, if not all is here.
+    pub(super) fn places(&self) -> (&Banks, usize, Option<Tensor>) {
+        (&self.banks, self.n_held, self.map)
     }
 
     /// Adds the weighted outputs of the experts that are here for `x` `[n, hidden]` to `out`.

@@ -7,7 +7,7 @@ use crate::{
     Result,
     device::{Allocate, Caps, DType, Device, DeviceError, Tally, Tensor},
     kernels::Matrix,
-    weights::{PAD, Source, SourceTensor, WeightFormat, WeightsError, padded},
+    weights::{Encoded, PAD, Source, SourceTensor, WeightFormat, WeightsError, padded},
 };
 
 use super::linear::Linear;
@@ -81,6 +81,11 @@ impl Rows {
     pub(super) fn heads(name: String, n: usize, heads: Heads) -> Self {
         let rows = n * heads.dim;
         Self { name, fused: None, rows, stacked: n * heads.stride, heads: Some(heads) }
+    }
+
+    /// Rows in the stack.
+    pub(super) fn stacked(&self) -> usize {
+        self.stacked
     }
 
     fn source(&self, i: usize) -> Option<usize> {
@@ -263,7 +268,7 @@ impl<'a> Loader<'a> {
     }
 
     /// Banks with room for `n_experts` experts whose rows are as those of `stack`.
-    fn empty_banks(
+    pub(super) fn empty_banks(
         &mut self,
         n_experts: usize,
         stack: &[Rows],
@@ -343,34 +348,17 @@ impl<'a> Loader<'a> {
         cols: Cols,
     ) -> Result<()> {
         let Target::Device(source, device) = &mut self.target else { return Ok(()) };
-        let width = cols.stacked();
-        let row_bytes = matrix.format.bytes_per_row(width);
-        let scale_bytes = matrix.format.scales_per_row(width) * 4;
-        let mut start = 0;
-        for part in stack {
-            let inside = start.max(range.start)..(start + part.stacked).min(range.end);
-            if !inside.is_empty() {
-                let (tensor, row_0) = part.tensor(*source, cols.n)?;
-                for first in inside.clone().step_by((PIECE_BYTES / row_bytes).max(1)) {
-                    let n = (PIECE_BYTES / row_bytes).max(1).min(inside.end - first);
-                    let packed = matrix.format.encode(tensor.name(), n, width, |row, out| {
-                        match part.source(first + row - start) {
-                            Some(row) => cols.row(&tensor, row_0 + row, out),
-                            None => out.fill(0.0),
-                        }
-                    })?;
-                    let at = (expert * matrix.rows + first - range.start) as u64;
-                    device.write_at(&matrix.weights, at * row_bytes as u64, &packed.weights);
-                    if scale_bytes > 0 {
-                        let bytes = bytemuck::cast_slice(&packed.scales);
-                        device.write_at(&matrix.scales, at * scale_bytes as u64, bytes);
-                    }
-                    (self.progress)(packed.weights.len() as u64);
-                }
+        let row_bytes = matrix.format.bytes_per_row(cols.stacked()) as u64;
+        let scale_bytes = matrix.format.scales_per_row(cols.stacked()) as u64 * 4;
+        pack(*source, stack, range, cols, matrix.format, |row, packed| {
+            let at = (expert * matrix.rows + row) as u64;
+            device.write_at(&matrix.weights, at * row_bytes, &packed.weights);
+            if scale_bytes > 0 {
+                let bytes = bytemuck::cast_slice(&packed.scales);
+                device.write_at(&matrix.scales, at * scale_bytes, bytes);
             }
-            start += part.stacked;
-        }
-        Ok(())
+            (self.progress)(packed.weights.len() as u64);
+        })
     }
 
     fn bias(&mut self, stack: &[Rows], range: Range<usize>) -> Result<Tensor> {
@@ -385,4 +373,37 @@ impl<'a> Loader<'a> {
         device.write(&tensor, &values[range]);
         Ok(tensor)
     }
+}
+
+/// Packs rows `range` of a stack piece by piece; `sink` gets the first row of each piece, counted
+/// from the range's start.
+pub(super) fn pack(
+    source: &dyn Source,
+    stack: &[Rows],
+    range: Range<usize>,
+    cols: Cols,
+    format: WeightFormat,
+    mut sink: impl FnMut(usize, Encoded),
+) -> Result<()> {
+    let width = cols.stacked();
+    let piece = (PIECE_BYTES / format.bytes_per_row(width)).max(1);
+    let mut start = 0;
+    for part in stack {
+        let inside = start.max(range.start)..(start + part.stacked).min(range.end);
+        if !inside.is_empty() {
+            let (tensor, row_0) = part.tensor(source, cols.n)?;
+            for first in inside.clone().step_by(piece) {
+                let n = piece.min(inside.end - first);
+                let packed = format.encode(tensor.name(), n, width, |row, out| {
+                    match part.source(first + row - start) {
+                        Some(row) => cols.row(&tensor, row_0 + row, out),
+                        None => out.fill(0.0),
+                    }
+                })?;
+                sink(first - range.start, packed);
+            }
+        }
+        start += part.stacked;
+    }
+    Ok(())
 }

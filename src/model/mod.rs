@@ -10,6 +10,7 @@ mod kv_cache;
 mod linear;
 mod loader;
 mod mlp;
+mod offload;
 mod rope;
 mod scratch;
 mod shard;
@@ -18,6 +19,7 @@ mod transformer;
 
 pub use kv_cache::KvCache;
 pub use loader::Precision;
+pub use offload::ExpertCache;
 pub use rope::RopeScaling;
 pub use scratch::{Limits, Scratch, StepInputs, StepShape};
 pub use shard::ExpertShard;

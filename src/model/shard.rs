@@ -52,13 +52,8 @@ impl ExpertShard {
         let mut loader = Loader::new(source, &mut device, &|_| {});
         let mut layers = Vec::new();
         for (moe_index, (index, moe)) in spec.moe_layers().enumerate() {
-            let shape = BankShape {
-                names: names(&loader, spec, index).1,
-                n_experts: moe.routing.n_experts,
-                hidden: spec.hidden_size,
-                width: moe.intermediate_size,
-                format: precision.experts,
-            };
+            let (_, names) = names(|name| loader.contains(name), spec, index);
+            let shape = BankShape::of(spec, moe, names, precision);
             let layer = RoutedExperts::load(&mut loader, &shape, moe.routing, &layout, moe_index)?;
             layers.push(layer);
         }

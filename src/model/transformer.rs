@@ -11,7 +11,7 @@ use crate::{
 use super::{
     FfnSpec, KvCache, ModelSpec, Precision, Scratch, StepShape,
     attention::Attention,
-    experts::{Experts, block_tokens},
+    experts::{Experts, RoutedExperts, block_tokens},
     linear::{Input, Linear},
     loader::{Cols, Loader, Rows},
     mlp::Mlp,
@@ -125,6 +125,14 @@ impl Model {
             .collect::<Result<_>>()?;
         let norm = loader.vector(&[("model.norm.weight".to_owned(), hidden, None)])?;
         Ok(Self { spec, precision, embedding, layers, norm, lm_head, rope })
+    }
+
+    /// The routed experts of each layer that has some.
+    pub(super) fn routed_experts(&self) -> impl Iterator<Item = &RoutedExperts> {
+        self.layers.iter().filter_map(|layer| match &layer.ffn {
+            Ffn::Moe(experts) => Some(experts.routed()),
+            Ffn::Dense(..) => None,
+        })
     }
 
     /// Longest context that the rotary table covers.

@@ -11,7 +11,7 @@ use crate::{
     device::{Device, Readback, Tensor},
 };
 
-use super::{Owners, ParallelError};
+use super::{CacheStats, Owners, ParallelError};
 
 /// A layer between its router and its experts, on the primary device.
 #[derive(Debug, Clone, Copy)]
@@ -51,6 +51,11 @@ pub trait Exchange: fmt::Debug + Send {
 
     /// What it has done so far.
     fn stats(&self) -> ExchangeStats;
+
+    /// What its caches have done, if it has any.
+    fn cache_stats(&self) -> Option<CacheStats> {
+        None
+    }
 }
 
 /// Traffic since the start.

@@ -3,11 +3,13 @@
 //! recordings nor requests.
 
 mod balance;
+mod cache;
 mod exchange;
 mod owners;
 mod placement;
 
 pub use balance::{Cluster, balancedness, is_improvement, preserve_slots, rebalance, replicate};
+pub use cache::{CacheOptions, CachePolicy, CacheStats, SlotCache};
 pub use exchange::{Exchange, ExchangeStats, Handoff, Own, Rows, Sharded, Worker};
 pub use owners::{ExpertLayout, Owners};
 pub use placement::{Placement, Rank};
@@ -38,6 +40,26 @@ pub enum ParallelError {
         /// Slots of all devices.
         n_slots: usize,
     },
+    /// A cache too small for what one token needs.
+    #[error(
+        "an expert cache of {bytes} bytes is too small: a token's experts need {least} bytes over \
+         all layers; give --expert-cache-memory at least that"
+    )]
+    CacheTooSmall {
+        /// What was given.
+        bytes: u64,
+        /// What a token needs.
+        least: u64,
+    },
+    /// The name of a policy that does not exist.
+    #[error("{text:?} is no cache policy; use lru or lfu")]
+    CachePolicy {
+        /// What was given.
+        text: String,
+    },
+    /// A cache of experts that several devices share.
+    #[error("an expert cache works on one device; leave out --devices or --expert-cache-memory")]
+    CacheOnSeveral,
     /// A device that computes experts for another one failed.
     #[error("device {rank}, which holds some of the experts, failed: {cause}")]
     Worker {

@@ -20,6 +20,8 @@ pub enum ExpertLayout {
     All,
     /// Those of a rank, by layer that has experts.
     Share(Vec<Owners>, usize),
+    /// At most so many of each layer at a time; see [`super::SlotCache`].
+    Cached(usize),
 }
 
 impl Owners {

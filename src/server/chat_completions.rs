@@ -47,6 +47,8 @@ pub(super) async fn create(
         ask.params.logprobs = read_logprobs(&mut fields)?;
         fields.refuse("echo", |v| v == false)?;
         fields.refuse("prompt_logprobs", |_| false)?;
+        // Templates write their special tokens themselves.
+        fields.refuse("add_special_tokens", |v| v == false)?;
         let prompt = read_prompt(app, &mut fields, tools.as_ref())?;
         check_room(app, &prompt, &ask, "messages")?;
         Ok((ask, tools, prompt))

@@ -55,6 +55,7 @@ pub(super) fn metrics(page: &mut Page, stats: &EngineStats, per_expert: bool) {
     let help = "Share of the positions in owned KV cache blocks that hold nothing.";
     let empty = stats.kv_positions_empty as f64 / positions;
     page.gauge("vllm_moe_memory_fragmentation", help, empty);
+    exchange_metrics(page, stats);
     if per_expert && experts.n_experts > 0 {
         let series = experts.tokens.iter().enumerate().map(|(i, &tokens)| {
             let (row, expert) = (i / experts.n_experts, i % experts.n_experts);
@@ -65,6 +66,37 @@ pub(super) fn metrics(page: &mut Page, stats: &EngineStats, per_expert: bool) {
         let help = "Tokens that each expert computed.";
         page.series("vllm_moe_expert_tokens_total", "counter", help, series);
     }
+}
+
+/// Traffic to other devices and of the cache, where there are any.
+fn exchange_metrics(page: &mut Page, stats: &EngineStats) {
+    if let Some(sent) = &stats.exchange {
+        for (name, help, value) in [
+            ("exchange_rounds", "Layers of steps in which the host took part.", sent.rounds),
+            ("exchange_visits", "Rows sent to another device, in batches.", sent.visits),
+            ("exchange_bytes_sent", "Bytes of activations sent.", sent.bytes_sent),
+            ("exchange_bytes_received", "Bytes of sums that came back.", sent.bytes_received),
+        ] {
+            page.counter(&format!("vllm_moe_{name}_total"), help, value);
+        }
+    }
+    let Some(cache) = &stats.expert_cache else { return };
+    for (name, help, value) in [
+        ("hits", "Chosen experts that were on the device, by layer and step.", cache.hits),
+        ("misses", "Chosen experts that had to be copied to it.", cache.misses),
+        ("bytes_moved", "Bytes of weights copied to the device.", cache.bytes_moved),
+        ("stalls", "Layers of steps that waited for a copy.", cache.stalls),
+        ("extra_turns", "Turns of layers that chose more experts than slots.", cache.extra_turns),
+    ] {
+        page.counter(&format!("vllm_moe_expert_cache_{name}_total"), help, value);
+    }
+    let name = "vllm_moe_expert_cache_stalled_seconds_total";
+    let seconds = [(String::new(), cache.stalled.as_secs_f64())];
+    page.series(name, "counter", "Host time of starting copies.", seconds);
+    page.gauge("vllm_moe_expert_cache_hit_rate", "Hits over all.", cache.hit_rate());
+    let help = "Experts that fit the device, over all.";
+    let share = cache.slots as f64 / cache.experts.max(1) as f64;
+    page.gauge("vllm_moe_expert_cache_resident_ratio", help, share);
 }
 
 /// `GET /moe/stats`: counts since the start, one row of experts for each layer that has some.

@@ -35,6 +35,10 @@ impl Fields {
         }
     }
 
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
         self.0.remove(name)
     }
@@ -50,10 +54,7 @@ impl Fields {
         range: RangeInclusive<i64>,
     ) -> Result<Option<i64>, ApiError> {
         let Some(value) = self.take(name) else { return Ok(None) };
-        // 3.0 is an integer too: JSON does not tell them apart.
-        let whole = value.as_f64().filter(|f| f.fract() == 0.0 && f.abs() < 9e15);
-        let number = value.as_i64().or(whole.map(|f| f as i64));
-        number.filter(|n| range.contains(n)).map(Some).ok_or_else(|| {
+        whole(&value).filter(|n| range.contains(n)).map(Some).ok_or_else(|| {
             let (low, high) = (range.start(), range.end());
             ApiError::field(name, format!("{name} must be an integer from {low} to {high}"))
         })
@@ -101,13 +102,19 @@ impl Fields {
     }
 }
 
+/// 3.0 is an integer too: JSON does not tell them apart.
+fn whole(value: &Value) -> Option<i64> {
+    let float = value.as_f64().filter(|f| f.fract() == 0.0 && f.abs() < 9e15);
+    value.as_i64().or(float.map(|f| f as i64))
+}
+
 /// At most `max` token ids.
 pub(super) fn token_ids(
     value: &Value,
     name: &'static str,
     max: usize,
 ) -> Result<Vec<u32>, ApiError> {
-    let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
+    let id = |v: &Value| whole(v).and_then(|id| u32::try_from(id).ok());
     let ids = value.as_array().filter(|ids| ids.len() <= max);
     ids.and_then(|ids| ids.iter().map(id).collect()).ok_or_else(|| {
         ApiError::field(name, format!("{name} must be an array of at most {max} token ids"))

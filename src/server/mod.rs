@@ -83,6 +83,8 @@ pub struct ServerConfig {
     pub shutdown_timeout: Duration,
     /// Whether the engine shares prefixes; shown in `/metrics`.
     pub prefix_caching: bool,
+    /// Whether the engine orders requests by their priority; they may bring one only then.
+    pub priorities: bool,
     /// How the model writes tool calls; as its chat template says if absent.
     pub tool_format: Option<ToolFormat>,
     /// `/metrics` shows each expert of each layer.
@@ -108,6 +110,7 @@ impl Default for ServerConfig {
             stall_timeout: Duration::from_secs(60),
             shutdown_timeout: Duration::from_secs(30),
             prefix_caching: true,
+            priorities: false,
             tool_format: None,
             per_expert_metrics: false,
         }

@@ -11,7 +11,7 @@ use super::{ApiError, App, fields::Fields, grammar, tools::Tools};
 /// Answers to one prompt.
 const MAX_N: i64 = 16;
 const MAX_STOPS: usize = 4;
-const MAX_STOP_BYTES: usize = 256;
+const MAX_STOP_CHARS: usize = 256;
 const MAX_BIASES: usize = 1024;
 const MAX_BAD_WORDS: usize = 256;
 /// As of vLLM's `--max-logprobs`.
@@ -96,7 +96,7 @@ pub(super) fn read_ask(
         n: fields.int("n", 1..=MAX_N)?.unwrap_or(1) as usize,
         stop: read_stop(fields)?,
         include_stop: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
-        priority: fields.int("priority", i32::MIN.into()..=i32::MAX.into())?.unwrap_or(0) as i32,
+        priority: read_priority(app, fields)?,
         cache_salt: fields.string("cache_salt")?,
         stream,
         include_usage,
@@ -104,6 +104,16 @@ pub(super) fn read_ask(
         return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
         kept_tokens: tools.map_or(Vec::new(), |tools| kept_tokens(app, tools)),
     })
+}
+
+fn read_priority(app: &App, fields: &mut Fields) -> Result<i32, ApiError> {
+    let name = "priority";
+    let priority = fields.int(name, i32::MIN.into()..=i32::MAX.into())?.unwrap_or(0) as i32;
+    if priority != 0 && !app.config.priorities {
+        let message = "this server knows no priorities; start it with --scheduling-policy priority";
+        return Err(ApiError::field(name, message));
+    }
+    Ok(priority)
 }
 
 /// The marks of calls, where the tokenizer holds them as special tokens.
@@ -123,10 +133,12 @@ fn read_params(app: &App, fields: &mut Fields) -> Result<SamplingParams, ApiErro
     stop_token_ids.extend(&defaults.stop_token_ids);
     Ok(SamplingParams {
         temperature: fields.float("temperature", 0.0..=100.0)?.unwrap_or(defaults.temperature),
-        top_p: positive(fields, "top_p", 1.0)?.unwrap_or(defaults.top_p),
+        top_p: read_top_p(fields)?.unwrap_or(defaults.top_p),
         top_k: top_k.map_or(defaults.top_k, |k| u32::try_from(k).unwrap_or(0)),
         min_p: fields.float("min_p", 0.0..=1.0)?.unwrap_or(defaults.min_p),
-        repetition_penalty: positive(fields, "repetition_penalty", 100.0)?
+        // Nearer to 0, logits would overflow.
+        repetition_penalty: fields
+            .float("repetition_penalty", 0.01..=100.0)?
             .unwrap_or(defaults.repetition_penalty),
         presence_penalty: fields
             .float("presence_penalty", -2.0..=2.0)?
@@ -148,19 +160,18 @@ fn read_params(app: &App, fields: &mut Fields) -> Result<SamplingParams, ApiErro
     })
 }
 
-/// A number above 0 and at most `max`.
-fn positive(fields: &mut Fields, name: &'static str, max: f64) -> Result<Option<f32>, ApiError> {
-    let value = fields.float(name, 0.0..=max)?;
-    if value == Some(0.0) {
-        return Err(ApiError::field(name, format!("{name} must be above 0 and at most {max}")));
-    }
-    Ok(value)
+/// Above 0, and stays so as an f32.
+fn read_top_p(fields: &mut Fields) -> Result<Option<f32>, ApiError> {
+    let Some(value) = fields.take("top_p") else { return Ok(None) };
+    let top_p = value.as_f64().filter(|&top_p| top_p > 0.0 && top_p <= 1.0);
+    let wrong = || ApiError::field("top_p", "top_p must be a number above 0 and at most 1");
+    top_p.map(|top_p| Some((top_p as f32).max(f32::MIN_POSITIVE))).ok_or_else(wrong)
 }
 
 fn read_stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
     let wrong = || {
         let message =
-            format!("stop must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_BYTES} bytes");
+            format!("stop must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters");
         ApiError::field("stop", message)
     };
     let stops = match fields.take("stop") {
@@ -172,7 +183,7 @@ fn read_stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
         }
         Some(_) => return Err(wrong()),
     };
-    let fits = |text: &String| (1..=MAX_STOP_BYTES).contains(&text.len());
+    let fits = |text: &String| (1..=MAX_STOP_CHARS).contains(&text.chars().count());
     if stops.len() > MAX_STOPS || !stops.iter().all(fits) {
         return Err(wrong());
     }

@@ -25,10 +25,16 @@ pub(super) async fn tokenize(
     let max_model_len = app.max_model_len;
     blocking(move || {
         let tokens = match fields.string("prompt")? {
+            Some(_) if fields.has("messages") => {
+                return Err(ApiError::field("messages", "give prompt or messages, not both"));
+            }
             Some(text) => {
                 check_prompt_chars(&app, &text, "prompt")?;
                 let tokens = app.tokenizer()?.encode(&text, special.unwrap_or(true));
                 tokens.map_err(|e| ApiError::of_prompt(&e.into(), "prompt"))?
+            }
+            None if !fields.has("messages") => {
+                return Err(ApiError::field("prompt", "prompt or messages is missing"));
             }
             None => {
                 let tools = Tools::read(&app, &mut fields)?;

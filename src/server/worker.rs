@@ -222,6 +222,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 struct Live {
     job: u64,
     choice: usize,
+    priority: i32,
     events: tasks::UnboundedSender<Event>,
     times: RequestTimes,
 }
@@ -346,7 +347,8 @@ impl Worker {
                 for (i, request) in requests.into_iter().enumerate() {
                     let (choice, events) = (job.first_choice + i, job.events.clone());
                     let times = times.clone();
-                    self.live.insert(request, Live { job: id, choice, events, times });
+                    let priority = job.request.priority;
+                    self.live.insert(request, Live { job: id, choice, priority, events, times });
                 }
             }
             Err(error) => {
@@ -379,15 +381,15 @@ impl Worker {
         }
     }
 
-    /// First come, first served: all but the youngest `waiting` requests have left the queue.
+    /// Lowest priority first, then first come: all but the last `waiting` have left the queue.
     fn note_started(&mut self, engine: &Engine, now: Instant) {
         let stats = engine.stats();
         self.metrics.step(&self.last, &stats);
         let fresh = self.live.iter().filter(|(_, live)| live.times.phase == Phase::Queued);
-        let mut queued: Vec<RequestId> = fresh.map(|(&id, _)| id).collect();
+        let mut queued: Vec<_> = fresh.map(|(&id, live)| (live.priority, id)).collect();
         queued.sort_unstable();
         let n_started = queued.len().saturating_sub(stats.waiting);
-        for id in &queued[..n_started] {
+        for (_, id) in &queued[..n_started] {
             if let Some(live) = self.live.get_mut(id) {
                 live.times.start(now);
             }

@@ -2,9 +2,10 @@
 
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
 use moewe::{
     bench::{Report, Workload, dummy_runner, measure_ceilings, shape, shape_names},
-    engine::Runner,
+    engine::{Engine, EngineConfig, Runner},
     llm::LlmOptions,
     model::Limits,
 };
@@ -48,6 +49,12 @@ pub(super) fn check_size(what: &str, sizes: impl IntoIterator<Item = usize>) -> 
     Ok(())
 }
 
+/// A bar on stderr that counts to `n`, if that is a terminal.
+pub(super) fn progress(n: usize, of: &str) -> anyhow::Result<ProgressBar> {
+    let style = format!("{{bar:30}} {{pos}}/{{len}} {of}, {{elapsed}} of {{duration}}");
+    Ok(ProgressBar::new(n as u64).with_style(ProgressStyle::with_template(&style)?))
+}
+
 impl Subject {
     /// Loads the model, or makes one of random weights, for steps of up to `max_tokens` tokens
     /// (those of `--max-num-batched-tokens`, if not given) and a cache for `workload`.
@@ -84,9 +91,34 @@ impl Subject {
         Ok(dummy_runner(&options, spec, limits, n_blocks)?)
     }
 
+    /// An engine that runs up to `max_num_seqs` sequences of up to `longest` tokens together.
+    pub(super) fn engine(&self, max_num_seqs: usize, longest: usize) -> anyhow::Result<Engine> {
+        let workload = Workload {
+            prompts: Vec::new(),
+            generate: longest,
+            depths: vec![0],
+            batches: vec![max_num_seqs],
+            repetitions: 1,
+        };
+        let options = self.model.options(Weights::W8a16)?;
+        let max_tokens = Some(options.max_num_batched_tokens);
+        let runner = self.runner(max_num_seqs, max_tokens, longest, &workload)?;
+        let config = options.engine;
+        Ok(Engine::new(runner, EngineConfig { max_queue: usize::MAX, ..config }))
+    }
+
+    /// The model's name in reports.
+    pub(super) fn name(&self, runner: &Runner) -> String {
+        self.shape.clone().unwrap_or_else(|| runner.model().spec.architecture.into())
+    }
+
+    pub(super) fn seed(&self) -> u64 {
+        self.model.seed
+    }
+
     /// An empty report; measures the ceilings.
     pub(super) fn report(&self, runner: &mut Runner) -> anyhow::Result<Report> {
-        let name = self.shape.clone().unwrap_or_else(|| runner.model().spec.architecture.into());
+        let name = self.name(runner);
         let ceilings = measure_ceilings(runner.device())?;
         let report = Report::new(&name, runner, ceilings);
         eprintln!("{}", report.title());
