@@ -5,8 +5,14 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
     process::Child,
+    time::{Duration, Instant},
 };
 
+use moewe::{
+    device::DeviceChoice,
+    engine::{Engine, Request, SamplingParams},
+    llm::Llm,
+};
 use serde_json::Value;
 
 use crate::program::{command, run};
@@ -192,4 +198,26 @@ fn engine_flags_are_checked() {
     let plain = run(&args).stdout();
     let flags = ["--block-size", "8", "--kv-cache-memory", "16", "--no-prefix-caching"];
     assert_eq!(run(&[&args[..], &flags].concat()).stdout(), plain);
+}
+
+fn time_to_first_token(engine: &mut Engine, prompt: &[u32]) -> Duration {
+    let start = Instant::now();
+    let params = SamplingParams { max_tokens: Some(1), ..SamplingParams::greedy() };
+    engine.add(Request::new(prompt, params)).expect("taken");
+    while engine.is_busy() {
+        engine.step().expect("a step");
+    }
+    start.elapsed()
+}
+
+#[test]
+fn a_repeated_prompt_of_500_tokens_answers_five_times_sooner() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/models/gull-20m");
+    let llm = Llm::builder().model(model).device(DeviceChoice::Cpu).max_model_len(512).build();
+    let mut engine = llm.expect("it loads").engine;
+    let prompt: Vec<u32> = (0..500).map(|i| 100 + i * 31 % 3000).collect();
+    let first = time_to_first_token(&mut engine, &prompt);
+    let again = time_to_first_token(&mut engine, &prompt);
+    assert_eq!(engine.stats().prefix_hits, 496);
+    assert!(first > 5 * again, "{first:?}, then {again:?}");
 }

@@ -4,6 +4,8 @@
 
 /// A damaged checkpoint ends with exit code 1 and a sentence that names file, tensor or key.
 mod bad_checkpoint;
+/// Clients that leave, stall, dribble or overdo it.
+mod bad_clients;
 /// Bad input ends with exit code 1 and a sentence that names the cause, never with a panic.
 mod bad_input;
 /// Load on a server and on the engine: the fields that are reported.
@@ -18,8 +20,12 @@ mod contract;
 mod default_model;
 /// Launches per layer, and how dummy weights route.
 mod dispatches;
+/// Devices that fail under the engine and the server.
+mod faults;
 /// Every architecture against its golden, and verify against corrupted goldens.
 mod goldens;
+/// Experts replaced in a running model: all of a file or none, with requests in flight.
+mod hot_experts;
 /// Results do not depend on batches, chunks, preemption, block size, device or run.
 mod invariance;
 /// A damaged config.json or safetensors header never panics, hangs or loads as garbage.
@@ -28,6 +34,8 @@ mod mutations;
 mod offload;
 /// Experts on several devices give what one device gives.
 mod parallel;
+/// Devices that fail while they share experts are named, and nothing hangs.
+mod parallel_faults;
 /// Runs the binary and holds its output.
 mod program;
 /// Random models of odd sizes against a plain forward pass in f64.

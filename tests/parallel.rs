@@ -6,12 +6,17 @@ use std::path::Path;
 use moewe::{
     device::DeviceChoice,
     engine::{Batch, BatchSequence, LogitRows, SamplingParams},
-    llm::{ExpertPlacement, Llm, LlmOptions},
-    parallel::ExchangeStats,
+    llm::{ExpertPlacement, Llm, LlmOptions, PlannedLlm},
+    parallel::{EplbOptions, ExchangeStats},
+    server::{App, ServerConfig},
     weights::WeightFormat,
 };
+use safetensors::Dtype;
 
-use crate::checkpoints::{GPU, golden, gull, options};
+use crate::{
+    checkpoints::{GPU, copy, edit_tensors, golden, gull, options},
+    server::get,
+};
 
 const CPU: DeviceChoice = DeviceChoice::Cpu;
 const F32: WeightFormat = WeightFormat::F32;
@@ -145,4 +150,92 @@ fn impossible_placements_are_refused() {
     assert!(open("{").contains("placement file"));
     assert!(open(r#"{"layers": [[[0], [1]]]}"#).contains("leaves out"));
     assert!(open(r#"{"layers": [[[0]]]}"#).contains("devices"));
+}
+
+/// Experts 0 to 2 of 8 are always chosen; the bias of the router sees to that.
+fn skewed() -> tempfile::TempDir {
+    let dir = copy(&golden("glm4_moe"));
+    edit_tensors(&dir.path().join("model.safetensors"), |tensors| {
+        let biases = tensors.iter_mut().filter(|(name, _)| name.ends_with("score_correction_bias"));
+        for (_, (dtype, _, bytes)) in biases {
+            assert_eq!(*dtype, Dtype::F32);
+            for (expert, bias) in bytes.chunks_mut(4).enumerate() {
+                let value: f32 = if expert < 3 { 50.0 } else { 0.0 };
+                bias.copy_from_slice(&value.to_le_bytes());
+            }
+        }
+    });
+    dir
+}
+
+/// Requests run while experts move; the text is that of a single device.
+#[test]
+fn experts_move_to_where_the_work_is_balanced() {
+    let dir = skewed();
+    let mut alone = spread(dir.path(), &[CPU], ExpertPlacement::Linear);
+    let expected = greedy(&mut alone, 48);
+    for (first, redundant) in [(CPU, 9), (GPU, 9), (CPU, 0)] {
+        let options = LlmOptions {
+            text: false,
+            max_model_len: Some(128),
+            expert_devices: vec![CPU; 3],
+            eplb: Some(EplbOptions { interval: 16, redundant, threshold: 0.05 }),
+            ..options(dir.path(), first, F32)
+        };
+        let mut llm = Llm::open(options).expect("a model");
+        let stats = |llm: &Llm| llm.engine.stats().eplb.expect("balanced");
+        assert_eq!((stats(&llm).rebalances, stats(&llm).balancedness), (0, 1.0));
+        assert_eq!(greedy(&mut llm, 48), expected);
+        let moved = stats(&llm);
+        let (before, promised) = moved.last_move.expect("they moved");
+        assert!(before < 0.6, "{moved:?}");
+        assert!(moved.experts_moved > 0 && moved.bytes_moved > 0, "{moved:?}");
+        // Three busy experts keep three of four devices busy, or all of them with copies.
+        let least = if redundant > 0 { 0.9 } else { 0.7 };
+        assert!(promised > least && moved.balancedness > least, "{moved:?}");
+        assert_eq!(greedy(&mut llm, 48), expected, "and it stays so");
+        assert_eq!(stats(&llm).rebalances, moved.rebalances, "without moving any more");
+    }
+}
+
+#[tokio::test]
+async fn the_server_tells_which_device_holds_which_expert() {
+    let options = LlmOptions {
+        max_model_len: Some(64),
+        expert_devices: vec![CPU],
+        expert_placement: ExpertPlacement::RoundRobin,
+        ..options(&gull(), CPU, F32)
+    };
+    let app = App::start(Box::new(move || Llm::open(options.clone())), ServerConfig::default());
+    let app = app.expect("a server");
+    let (_, _, text) = get(&app, "/moe/stats").await;
+    let stats: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let layers = stats["layers"].as_array().expect("layers");
+    assert!(!layers.is_empty());
+    for layer in layers {
+        let devices = layer["devices"].as_array().expect("devices");
+        assert_eq!(devices.len() as u64, stats["n_experts"]);
+        assert!(
+            devices.iter().enumerate().all(|(expert, d)| *d == serde_json::json!([expert % 2]))
+        );
+    }
+}
+
+/// Two devices that are alike, and twins on the CPU: whoever is chosen, the text is the same.
+#[test]
+fn measured_devices_compute_what_one_does() {
+    let dir = golden("qwen3_moe");
+    let mut alone = spread(&dir, &[GPU], ExpertPlacement::Linear);
+    let expected = greedy(&mut alone, 8);
+    let options = LlmOptions {
+        text: false,
+        max_model_len: Some(128),
+        expert_devices: vec![GPU, CPU],
+        expert_placement: ExpertPlacement::Balanced,
+        ..options(&dir, GPU, F32)
+    };
+    let planned = PlannedLlm::new(options).expect("measured");
+    assert_eq!(planned.measurements().len(), 3, "{:?}", planned.measurements());
+    assert!(planned.measurements().iter().all(|line| line.contains("rows of experts/s")));
+    assert_eq!(greedy(&mut planned.load(&|_| {}).expect("a model"), 8), expected);
 }

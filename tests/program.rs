@@ -67,10 +67,16 @@ impl Ran {
     /// Asserts exit code 1, one sentence that contains all `parts`, and no panic.
     #[track_caller]
     pub(crate) fn fails_with(&self, parts: &[&str]) {
+        self.fails_as(1, parts);
+    }
+
+    /// The same for another exit code.
+    #[track_caller]
+    pub(crate) fn fails_as(&self, code: i32, parts: &[&str]) {
         let errors: Vec<&str> =
             self.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
         assert!(!self.stderr.contains("panicked"), "{self:?}");
-        assert_eq!(self.code, Some(1), "{self:?}");
+        assert_eq!(self.code, Some(code), "{self:?}");
         assert_eq!(errors.len(), 1, "{self:?}");
         for part in parts {
             assert!(errors[0].contains(part), "{part:?} is not in {:?}", errors[0]);

@@ -8,7 +8,10 @@ mod options;
 mod report;
 mod run;
 mod serve;
+mod simulate;
 mod verify;
+#[cfg(feature = "mpi")]
+mod worker;
 
 use std::process::ExitCode;
 
@@ -39,6 +42,11 @@ pub(crate) enum Command {
     Eval(eval::Eval),
     /// Measure tokens per second, of kernels, the engine or a server.
     Bench(Box<bench::Bench>),
+    /// Hold experts for rank 0 of an MPI job.
+    #[cfg(feature = "mpi")]
+    Worker(Box<worker::Worker>),
+    /// Predict a step's time on 1 to 1024 adapters, from sizes and rates.
+    Simulate(simulate::Simulate),
     /// List the adapters that `--device` can name.
     Adapters(adapters::Adapters),
 }
@@ -52,6 +60,9 @@ impl Command {
             Self::Verify(command) => command.run(),
             Self::Eval(command) => command.run(),
             Self::Bench(command) => command.run(),
+            #[cfg(feature = "mpi")]
+            Self::Worker(command) => command.run(),
+            Self::Simulate(command) => command.run(),
             Self::Adapters(command) => command.run(),
         }
     }

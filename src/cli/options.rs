@@ -127,6 +127,8 @@ impl ModelArgs {
             device: devices.remove(0),
             expert_devices: devices,
             expert_placement: self.devices.placement()?,
+            mpi: self.devices.mpi(),
+            eplb: self.devices.eplb(),
             expert_cache: self.devices.cache(),
             tier: self.tier.map(|tier| match tier {
                 TierArg::Portable => Tier::Portable,
@@ -163,6 +165,9 @@ impl ModelArgs {
         }
         eprintln!("model   {} ({})", planned.dir.display(), planned.spec.architecture);
         eprintln!("device  {}", planned.device());
+        for line in planned.measurements() {
+            eprintln!("measured {line}");
+        }
         for (rank, device) in planned.expert_devices().iter().enumerate() {
             eprintln!("        {device}: experts of rank {}", rank + 1);
         }

@@ -7,15 +7,14 @@ use clap::{Args, ValueEnum};
 use moewe::{
     engine::Policy,
     llm::PlannedLlm,
-    server::{App, ServerConfig, listen},
+    server::{App, Death, ServerConfig, listen},
     text::ToolFormat,
 };
 use tokio::{net::TcpListener, sync::watch};
 
 use super::options::{ModelArgs, Weights};
+use crate::{DEVICE_LOST, OUT_OF_MEMORY};
 
-/// The exit code when the device is lost for good, so that a supervisor restarts the server.
-const DEVICE_LOST: u8 = 4;
 /// Steps between timings of the router: rare, as a timed step waits between its kernels.
 const ROUTING_TIMING_INTERVAL: u64 = 256;
 
@@ -48,6 +47,9 @@ pub(crate) struct Serve {
     /// Count each expert of each layer in /metrics
     #[arg(long)]
     expert_metrics: bool,
+    /// Let POST /admin/experts load safetensors files of this folder; needs --api-key
+    #[arg(long)]
+    expert_dir: Option<PathBuf>,
     /// Origins whose web pages may call, or *
     #[arg(long, value_delimiter = ',')]
     allowed_origins: Vec<String>,
@@ -123,7 +125,11 @@ impl Serve {
         })?;
         // Tasks of clients that never read must not keep the process.
         runtime.shutdown_timeout(Duration::from_secs(1));
-        Ok(if app.engine.is_dead() { ExitCode::from(DEVICE_LOST) } else { ExitCode::SUCCESS })
+        Ok(match app.engine.death() {
+            None => ExitCode::SUCCESS,
+            Some(Death::DeviceLost) => ExitCode::from(DEVICE_LOST),
+            Some(Death::OutOfMemory) => ExitCode::from(OUT_OF_MEMORY),
+        })
     }
 
     fn config(&self) -> anyhow::Result<ServerConfig> {
@@ -138,6 +144,10 @@ impl Serve {
             loopback || !api_keys.is_empty() || self.insecure,
             "{} is open to the network: give --api-key, or --insecure if that is meant",
             self.host
+        );
+        ensure!(
+            self.expert_dir.is_none() || !api_keys.is_empty(),
+            "--expert-dir lets callers change the model: give --api-key"
         );
         let given = self.model.model.as_deref().unwrap_or(moewe::llm::DEFAULT_MODEL);
         let given = std::path::Path::new(given);
@@ -155,6 +165,7 @@ impl Serve {
             request_timeout: self.request_timeout.map(Duration::from_secs),
             shutdown_timeout: Duration::from_secs(self.shutdown_timeout),
             per_expert_metrics: self.expert_metrics,
+            expert_dir: self.expert_dir.clone(),
             prefix_caching: !self.model.no_prefix_caching,
             priorities: self.scheduling_policy == SchedulingPolicy::Priority,
             tool_format: match self.tool_call_parser {

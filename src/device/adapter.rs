@@ -107,6 +107,12 @@ pub async fn adapters() -> Vec<AdapterInfo> {
     enumerate().await.iter().map(describe).collect()
 }
 
+/// Every adapter, best first, and the CPU device.
+pub async fn all_devices() -> Vec<DeviceChoice> {
+    let n = enumerate().await.len();
+    (0..n).map(DeviceChoice::Index).chain([DeviceChoice::Cpu]).collect()
+}
+
 pub(super) fn describe(adapter: &wgpu::Adapter) -> AdapterInfo {
     let info = adapter.get_info();
     AdapterInfo {

@@ -58,8 +58,8 @@ impl Cpu {
     pub(crate) fn copy(&mut self, part: &CopyPart) {
         let from = self.buffer(part.from.buffer).clone().expect("live buffer");
         let start = (part.from.offset + part.from_byte) as usize;
-        let bytes = &bytemuck::cast_slice::<u64, u8>(&from)[start..][..part.bytes as usize];
-        self.write(part.to.buffer, part.to.offset + part.to_byte, bytes);
+        let bytes = &bytemuck::cast_slice::<u64, u8>(&from)[start..][..part.to.bytes() as usize];
+        self.write(part.to.buffer, part.to.offset, bytes);
     }
 
     pub(crate) fn read(&mut self, tensor: &Tensor) -> Vec<u8> {

@@ -1,9 +1,10 @@
-//! A wgpu device: buffers, pipelines, and the errors that drivers report late.
+//! A wgpu device: buffers and pipelines.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use super::{
     BufferId, Caps, CopyPart, DeviceError, Dispatch, Shader, Tier, adapter,
+    failure::{Failure, Faults},
     pipelines::{Pipeline, Pipelines},
     plan::StagingPool,
 };
@@ -18,37 +19,11 @@ pub struct Gpu {
     caps: Caps,
     info: adapter::AdapterInfo,
     memory_bytes: Option<u64>,
-    /// Most bytes of buffers at a time.
+    /// Bytes of all live buffers but those on the host, and the most at a time.
+    bytes: u64,
     peak_bytes: u64,
     failure: Failure,
     pub(super) staging: StagingPool,
-}
-
-/// First error that the driver reported outside a call's return value.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Failure(Arc<Mutex<Option<DeviceError>>>);
-
-impl Failure {
-    fn lock(&self) -> MutexGuard<'_, Option<DeviceError>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn set(&self, error: DeviceError) {
-        self.lock().get_or_insert(error);
-    }
-
-    /// The error, if there is one. A lost device stays lost; other errors are reported once.
-    pub(super) fn check(&self) -> Result<(), DeviceError> {
-        let mut held = self.lock();
-        match held.take() {
-            None => Ok(()),
-            Some(DeviceError::Lost { message }) => {
-                *held = Some(DeviceError::Lost { message: message.clone() });
-                Err(DeviceError::Lost { message })
-            }
-            Some(error) => Err(error),
-        }
-    }
 }
 
 const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16
@@ -141,7 +116,7 @@ impl Gpu {
             sink.set(DeviceError::Lost { message: format!("{reason:?}: {message}") });
         });
         let (buffers, pipelines) = (Vec::new(), Pipelines::open(&device, &adapter.get_info()));
-        let (peak_bytes, staging) = (0, StagingPool::default());
+        let (bytes, peak_bytes, staging) = (0, 0, StagingPool::default());
         Ok(Self {
             device,
             queue,
@@ -150,6 +125,7 @@ impl Gpu {
             caps,
             info,
             memory_bytes,
+            bytes,
             peak_bytes,
             failure,
             staging,
@@ -188,11 +164,23 @@ impl Gpu {
     }
 
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        self.failure.check()
+        self.failure.check(&self.device)
     }
 
     pub(super) fn failure(&self) -> Failure {
         self.failure.clone()
+    }
+
+    pub(super) fn faults(&self) -> Faults {
+        Faults(Some((self.device.clone(), self.failure())))
+    }
+
+    /// Asks the driver with an empty submission, and does not wait for it.
+    pub(super) fn probe(&self) -> Result<(), DeviceError> {
+        self.queue.submit([]);
+        // What goes wrong is reported through callbacks, which polling runs.
+        let _ = self.device.poll(wgpu::PollType::Poll);
+        self.check()
     }
 
     pub(super) fn alloc(&mut self, what: &str, bytes: u64) -> Result<BufferId, DeviceError> {
@@ -208,9 +196,9 @@ impl Gpu {
             DeviceError::OutOfMemory { .. } => DeviceError::OutOfMemory { bytes },
             other => other,
         })?;
-        let id = self.hold(buffer);
-        self.peak_bytes = self.peak_bytes.max(self.allocated_bytes());
-        Ok(id)
+        self.bytes += bytes;
+        self.peak_bytes = self.peak_bytes.max(self.bytes);
+        Ok(self.hold(buffer))
     }
 
     fn hold(&mut self, buffer: wgpu::Buffer) -> BufferId {
@@ -257,8 +245,8 @@ impl Gpu {
                 self.buffer(part.from.buffer),
                 part.from.offset + part.from_byte,
                 self.buffer(part.to.buffer),
-                part.to.offset + part.to_byte,
-                part.bytes,
+                part.to.offset,
+                part.to.bytes(),
             );
         }
         self.queue.submit([encoder.finish()]);
@@ -266,13 +254,15 @@ impl Gpu {
 
     pub(super) fn free(&mut self, id: BufferId) {
         if let Some(buffer) = self.buffers[id.0 as usize].take() {
+            if !buffer.usage().contains(wgpu::BufferUsages::MAP_WRITE) {
+                self.bytes -= buffer.size();
+            }
             buffer.destroy();
         }
     }
 
     pub(super) fn allocated_bytes(&self) -> u64 {
-        let on_host = |b: &&wgpu::Buffer| b.usage().contains(wgpu::BufferUsages::MAP_WRITE);
-        self.buffers.iter().flatten().filter(|b| !on_host(b)).map(wgpu::Buffer::size).sum()
+        self.bytes
     }
 
     pub(super) fn peak_bytes(&self) -> u64 {

@@ -4,6 +4,7 @@
 mod adapter;
 mod caps;
 mod cpu;
+mod failure;
 mod gpu;
 mod pipelines;
 mod plan;
@@ -13,9 +14,10 @@ mod tensor;
 
 use std::ops::Range;
 
-pub use adapter::{AdapterInfo, DeviceChoice, adapters};
+pub use adapter::{AdapterInfo, DeviceChoice, adapters, all_devices};
 pub use caps::{Caps, Tier};
 pub use cpu::{Cpu, Io};
+pub use failure::{Fault, Faults};
 pub use gpu::Gpu;
 pub use plan::{Plan, Readback, Timing, Timings};
 pub(crate) use recording::params;
@@ -47,11 +49,11 @@ pub enum DeviceError {
     },
     /// Allocation failed.
     #[error(
-        "out of device memory while allocating {bytes} bytes; \
-         use a smaller model, --weights w8a16 or a shorter --max-model-len"
+        "out of device memory{}; use a smaller model, --weights w8a16 or a shorter --max-model-len",
+        asked_for(*.bytes)
     )]
     OutOfMemory {
-        /// Size asked for.
+        /// Size asked for; 0 where the driver reported it late and nameless.
         bytes: u64,
     },
     /// The plan exceeds the memory.
@@ -101,6 +103,22 @@ pub enum DeviceError {
     },
 }
 
+fn asked_for(bytes: u64) -> String {
+    if bytes == 0 { String::new() } else { format!(" while allocating {bytes} bytes") }
+}
+
+impl DeviceError {
+    /// Whether there is too little memory, rather than something broken.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::OutOfMemory { .. } | Self::DoesNotFit { .. } | Self::TooLarge { .. })
+    }
+
+    /// Whether the device is of no use any more.
+    pub fn is_loss(&self) -> bool {
+        matches!(self, Self::Lost { .. } | Self::Timeout { .. })
+    }
+}
+
 /// Something that holds tensors and runs recordings.
 #[derive(Debug)]
 pub enum Device {
@@ -119,7 +137,7 @@ pub trait Allocate {
     fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor, DeviceError>;
 }
 
-/// Bytes to copy from one buffer to another, all in whole 4-byte words.
+/// A tensor to fill from another buffer, in whole 4-byte words.
 #[derive(Debug, Clone, Copy)]
 pub struct CopyPart {
     /// What is read.
@@ -128,10 +146,6 @@ pub struct CopyPart {
     pub from_byte: u64,
     /// What is written.
     pub to: Tensor,
-    /// Byte of it where writing starts.
-    pub to_byte: u64,
-    /// How many.
-    pub bytes: u64,
 }
 
 /// Counts what a device would have to hold.
@@ -361,6 +375,25 @@ impl Device {
                 let times = cpu.run(plan.recording(), dispatches.clone());
                 Ok(Timings::ready(plan.recording(), dispatches, times))
             }
+        }
+    }
+
+    /// Whether the device still works, as far as its driver knows; cheap, waits for nothing.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`], or what else went wrong since the last call.
+    pub fn probe(&self) -> Result<(), DeviceError> {
+        match self {
+            Device::Gpu(gpu) => gpu.probe(),
+            Device::Cpu(_) => Ok(()),
+        }
+    }
+
+    /// Makes this device fail, for tests of what depends on it.
+    pub fn faults(&self) -> Faults {
+        match self {
+            Device::Gpu(gpu) => gpu.faults(),
+            Device::Cpu(_) => Faults(None),
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use super::{Access, DeviceError, Dispatch, Shader, gpu::Failure, shader};
+use super::{Access, DeviceError, Dispatch, Shader, failure::Failure, shader};
 
 /// A compiled shader variant.
 #[derive(Debug, Clone)]
@@ -57,17 +57,18 @@ impl Pipelines {
         };
         #[cfg(target_arch = "wasm32")]
         let made: Vec<_> = missing.iter().map(compile).collect();
-        if failure.check().is_err() {
+        if let Err(error) = failure.check(device) {
             // Once more one by one, to tell which it was.
             for d in &missing {
                 self.compile(device, d)?;
-                failure.check().map_err(|error| match error {
+                failure.check(device).map_err(|error| match error {
                     DeviceError::Rejected { message } => {
                         DeviceError::Shader { shader: d.shader.to_string(), message }
                     }
                     other => other,
                 })?;
             }
+            return Err(error);
         }
         for (d, pipeline) in missing.into_iter().zip(made) {
             self.made.insert(d.shader.clone(), pipeline?);

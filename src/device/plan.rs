@@ -10,10 +10,13 @@ use std::{
 
 use futures_channel::oneshot;
 
-use super::{Caps, DeviceError, Gpu, Recording, Tensor, gpu::Failure};
+use super::{Caps, DeviceError, Gpu, Recording, Tensor, failure::Failure};
 
 /// How long the host waits for the device before it calls it hung.
 const TIMEOUT: Duration = Duration::from_secs(120);
+/// How long results may take once the device is done.
+#[cfg(not(target_arch = "wasm32"))]
+const DELIVERY: Duration = Duration::from_secs(2);
 
 /// A prepared [`Recording`].
 #[derive(Debug)]
@@ -210,7 +213,28 @@ pub(super) fn wait(
     let wait = wgpu::PollType::Wait { submission_index: submission, timeout: Some(TIMEOUT) };
     match device.poll(wait) {
         Err(wgpu::PollError::Timeout) => Err(DeviceError::Timeout { seconds: TIMEOUT.as_secs() }),
-        _ => failure.check(),
+        _ => failure.check(device),
+    }
+}
+
+/// What a device that is done has delivered. It may be lost and deliver nothing: waiting without a
+/// limit could be for ever.
+#[cfg(not(target_arch = "wasm32"))]
+fn deliver<T>(
+    device: &wgpu::Device,
+    mut delivery: oneshot::Receiver<T>,
+) -> Result<T, oneshot::Canceled> {
+    let start = web_time::Instant::now();
+    loop {
+        match delivery.try_recv()? {
+            Some(value) => return Ok(value),
+            None if start.elapsed() > DELIVERY => return Err(oneshot::Canceled),
+            // Another thread that polls may be about to deliver.
+            None => {
+                let _ = device.poll(wgpu::PollType::Poll);
+                std::thread::yield_now();
+            }
+        }
     }
 }
 
@@ -380,15 +404,19 @@ impl Readback {
         // In browsers polling does nothing: they deliver by themselves.
         wait(&device, &failure, Some(submission))?;
         let lost = |message: String| DeviceError::Lost { message };
-        match mapped.await {
+        #[cfg(not(target_arch = "wasm32"))]
+        let delivered = deliver(&device, mapped);
+        #[cfg(target_arch = "wasm32")]
+        let delivered = mapped.await;
+        match delivered {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
-                failure.check()?;
+                failure.check(&device)?;
                 return Err(lost(error.to_string()));
             }
             Err(_) => return Err(lost("a result was never delivered".into())),
         }
-        failure.check()?;
+        failure.check(&device)?;
         let range = ..bytes.next_multiple_of(4) as u64;
         let view = staging.get_mapped_range(range).map_err(|e| lost(e.to_string()))?;
         let bytes = view[..bytes].to_vec();

@@ -138,6 +138,12 @@ impl BlockPool {
         }
     }
 
+    /// Makes all blocks no longer findable.
+    pub fn forget_all(&mut self) {
+        self.cached.clear();
+        self.blocks.iter_mut().for_each(|block| block.key = None);
+    }
+
     fn take(&mut self, id: u32) {
         let Block { users, previous, next, .. } = self.blocks[id as usize];
         if users == 0 {

@@ -14,7 +14,11 @@ mod stats;
 
 use std::{ops::Range, sync::Arc};
 
-use crate::{Result, parallel::Exchange};
+use crate::{
+    Result,
+    model::{KvCache, Model},
+    parallel::{Exchange, PackedExpert, Rebalancer},
+};
 
 pub use batch::{Batch, BatchSequence, LogitRows};
 pub use blocks::{BlockPool, PrefixId};
@@ -43,6 +47,10 @@ pub struct Engine {
     experts: Arc<ExpertStats>,
     /// The experts' counts as last read.
     last_counts: Vec<u32>,
+    balancer: Option<Rebalancer>,
+    kv_block_bytes: u64,
+    /// Of the banks: allocated and used.
+    expert_bytes: (u64, u64),
 }
 
 /// A submitted step, and whose its rows of logits are.
@@ -75,7 +83,7 @@ impl Engine {
         let limits = *runner.limits();
         let kv = runner.kv();
         let blocks = BlockPool::new(kv.n_blocks, kv.block_size, config.prefix_caching);
-        let spec = &runner.model().spec;
+        let Model { spec, precision, .. } = runner.model();
         Self {
             scheduler: Scheduler::new(limits, blocks, config.policy),
             config,
@@ -85,8 +93,18 @@ impl Engine {
             counters: Counters::default(),
             experts: Arc::new(ExpertStats::new(spec)),
             last_counts: Vec::new(),
+            balancer: None,
+            kv_block_bytes: KvCache::block_bytes(spec, kv.block_size, precision.activations),
+            expert_bytes: runner.model().expert_bytes(),
             runner,
         }
+    }
+
+    /// Moves experts between devices as their work asks for.
+    #[must_use]
+    pub fn with_balancer(mut self, balancer: Rebalancer) -> Self {
+        self.balancer = Some(balancer);
+        self
     }
 
     /// Longest prompt and answer together, tokens.
@@ -99,6 +117,17 @@ impl Engine {
     /// Device, model and memory below the engine.
     pub fn runner(&mut self) -> &mut Runner {
         &mut self.runner
+    }
+
+    /// Replaces experts between two steps, all or none; see [`crate::model::pack_experts`].
+    /// Requests that run go on with them; what was cached of prompts is found no more.
+    ///
+    /// # Errors
+    /// Those of [`Runner::replace_experts`].
+    pub fn replace_experts(&mut self, new: &[PackedExpert]) -> Result<()> {
+        self.runner.replace_experts(new)?;
+        self.scheduler.forget_prefixes();
+        Ok(())
     }
 
     /// Drops all requests and gives back what runs them.
@@ -162,6 +191,15 @@ impl Engine {
         Ok(room)
     }
 
+    /// Whether steps can be expected to work, as far as the driver knows; cheap enough to ask while
+    /// there is nothing to do.
+    ///
+    /// # Errors
+    /// [`crate::device::DeviceError`] if the device has failed.
+    pub fn probe(&mut self) -> Result<()> {
+        Ok(self.runner.device().probe()?)
+    }
+
     /// What the engine has counted about itself.
     pub fn stats(&self) -> EngineStats {
         let (scheduler, counters) = (&self.scheduler, &self.counters);
@@ -172,6 +210,10 @@ impl Engine {
             kv_blocks_used: scheduler.pool.usable() - scheduler.pool.n_free(),
             block_size: scheduler.pool.block_size,
             kv_positions_empty: scheduler.positions_empty(),
+            kv_block_bytes: self.kv_block_bytes,
+            expert_bytes: self.expert_bytes.0,
+            expert_bytes_used: self.expert_bytes.1,
+            device_bytes: self.runner.device_bytes(),
             prefix_queries: scheduler.prefix_queries,
             prefix_hits: scheduler.prefix_hits,
             preemptions: scheduler.preemptions,
@@ -181,7 +223,9 @@ impl Engine {
             non_finite: counters.non_finite,
             routing_ms: counters.routing_ms,
             experts: self.experts.clone(),
+            owners: self.runner.exchange().and_then(Exchange::owners),
             exchange: self.runner.exchange().map(Exchange::stats),
+            eplb: self.balancer.as_ref().map(Rebalancer::stats),
             expert_cache: self.runner.exchange().and_then(Exchange::cache_stats),
         }
     }
@@ -235,7 +279,19 @@ impl Engine {
         Ok(Some(oldest))
     }
 
+    /// Moves the experts of at most one layer, so that no step waits for long.
+    fn balance(&mut self) -> Result<()> {
+        let Some(balancer) = &mut self.balancer else { return Ok(()) };
+        balancer.look(self.counters.steps, &self.experts.tokens)?;
+        if let Some((layer, new)) = balancer.next_move() {
+            let (n, bytes) = self.runner.rearrange(layer, balancer.owners(layer), &new)?;
+            balancer.moved(layer, new, n, bytes);
+        }
+        Ok(())
+    }
+
     fn submit(&mut self) -> Result<Option<InFlight>> {
+        self.balance()?;
         if !self.scheduler.schedule() {
             return Ok(None);
         }

@@ -1,14 +1,18 @@
 //! Turns a batch into device work: writes the step's inputs, picks or makes the plan for its
 //! shape, submits, and hands results back. Knows batches, not requests.
 
-use std::{collections::HashMap, ops::Range, time::Duration};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    ops::Range,
+    time::Duration,
+};
 
 use crate::{
     Result,
     device::{DType, Device, Plan, Readback, Recording, Tensor, Timing, Timings},
     kernels::{Logprobs, Sample},
     model::{KvCache, Limits, Model, Scratch, StepShape},
-    parallel::{Exchange, Handoff},
+    parallel::{Exchange, Handoff, Owners, PackedExpert, ParallelError},
 };
 
 use super::{
@@ -74,6 +78,69 @@ impl Runner {
         self.exchange.as_deref()
     }
 
+    /// Replaces experts behind the steps submitted so far: all of them, or none if that fails.
+    ///
+    /// # Errors
+    /// [`crate::device::DeviceError`] if a device fails, [`ParallelError::Worker`].
+    pub fn replace_experts(&mut self, new: &[PackedExpert]) -> Result<()> {
+        let mut old = Vec::with_capacity(new.len());
+        for &PackedExpert { layer, expert, .. } in new {
+            let bytes = self.read_expert(layer, expert)?;
+            old.push(PackedExpert { layer, expert, bytes });
+        }
+        self.write_experts(new).inspect_err(|_| {
+            // If this fails too, the device is gone, and the weights with it.
+            let _ = self.write_experts(&old);
+        })
+    }
+
+    fn write_experts(&mut self, experts: &[PackedExpert]) -> Result<()> {
+        for expert in experts {
+            self.model.write_expert(&mut self.device, expert);
+            if let Some(exchange) = &mut self.exchange {
+                exchange.write_expert(&mut self.device, expert)?;
+            }
+        }
+        Ok(self.device.wait()?)
+    }
+
+    /// Packed weights of an expert, from wherever it is.
+    ///
+    /// # Errors
+    /// Those of [`Runner::replace_experts`].
+    pub fn read_expert(&mut self, layer: usize, expert: usize) -> Result<Vec<u8>> {
+        if let Some(bytes) = self.model.read_expert(&mut self.device, layer, expert)? {
+            return Ok(bytes);
+        }
+        let held = match &mut self.exchange {
+            Some(exchange) => exchange.read_expert(&mut self.device, layer, expert)?,
+            None => None,
+        };
+        let cause = format!("no device has expert {expert} of mixture {layer}");
+        held.ok_or_else(|| ParallelError::NewExperts { cause }.into())
+    }
+
+    /// Moves experts of a layer from their owners to new ones, behind the steps submitted so far.
+    /// Returns how many were written to a place, and their bytes.
+    ///
+    /// # Errors
+    /// Those of [`Runner::replace_experts`].
+    pub fn rearrange(&mut self, layer: usize, old: &Owners, new: &Owners) -> Result<(u64, u64)> {
+        let (mut packed, mut moved) = (HashMap::new(), (0, 0));
+        // All are read before the first place is overwritten.
+        for (_, expert) in (0..new.n_ranks()).flat_map(|rank| new.changes(old, rank)) {
+            if let Entry::Vacant(entry) = packed.entry(expert) {
+                entry.insert(self.read_expert(layer, expert)?);
+            }
+            moved = (moved.0 + 1, moved.1 + packed[&expert].len() as u64);
+        }
+        self.model.rearrange(&mut self.device, layer, (old, new), &packed);
+        if let Some(exchange) = &mut self.exchange {
+            exchange.rearrange(layer, new, &packed)?;
+        }
+        Ok(moved)
+    }
+
     /// The model.
     pub fn model(&self) -> &Model {
         &self.model
@@ -92,6 +159,11 @@ impl Runner {
     /// The device.
     pub fn device(&mut self) -> &mut Device {
         &mut self.device
+    }
+
+    /// Bytes of all buffers on the device.
+    pub fn device_bytes(&self) -> u64 {
+        self.device.allocated_bytes()
     }
 
     /// Times every dispatch from now on.
@@ -371,7 +443,7 @@ impl Submission {
         };
         let mut results = self.results(&bytes);
         let routes = |label: &str| {
-            ["router", "grouped_topk", "align_experts"].iter().any(|part| label.contains(part))
+            ["route", "grouped_topk", "align_experts"].iter().any(|part| label.contains(part))
         };
         for timings in self.timings {
             let timings = timings.wait().await?;

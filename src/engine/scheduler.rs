@@ -144,6 +144,13 @@ impl Scheduler {
         self.running.iter().any(|s| s.n_scheduled > 0)
     }
 
+    /// Makes all that is cached unfindable: what will be computed differs from it from now on.
+    /// Running requests, whose blocks mix both, share no more of them.
+    pub(super) fn forget_prefixes(&mut self) {
+        self.pool.forget_all();
+        self.running.iter_mut().for_each(Sequence::keep_private);
+    }
+
     fn grow(&mut self, index: usize, n: usize) -> bool {
         let sequence = &mut self.running[index];
         let end = sequence.n_computed + n;

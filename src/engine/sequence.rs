@@ -141,6 +141,11 @@ impl Sequence {
         }
     }
 
+    /// Publishes no more blocks until it starts over.
+    pub(super) fn keep_private(&mut self) {
+        self.n_published = usize::MAX;
+    }
+
     /// Makes full blocks of known tokens findable, those of submitted steps included: whoever
     /// finds them runs in the same step, where keys are written before they are read, or later.
     pub(super) fn publish(&mut self, pool: &mut BlockPool) {

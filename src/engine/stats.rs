@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::{
     kernels::CountExperts,
     model::ModelSpec,
-    parallel::{CacheStats, ExchangeStats},
+    parallel::{CacheStats, EplbStats, ExchangeStats, Owners},
 };
 
 /// A snapshot of the engine.
@@ -23,6 +23,14 @@ pub struct EngineStats {
     pub block_size: usize,
     /// Positions in owned cache blocks that hold nothing yet.
     pub kv_positions_empty: usize,
+    /// Bytes of a cache block over all layers.
+    pub kv_block_bytes: u64,
+    /// Bytes of the experts' banks on the primary device.
+    pub expert_bytes: u64,
+    /// Those of them that hold weights and scales rather than padding.
+    pub expert_bytes_used: u64,
+    /// Bytes of all buffers on the primary device.
+    pub device_bytes: u64,
     /// Prompt tokens looked up in the prefix cache.
     pub prefix_queries: u64,
     /// Prompt tokens found there.
@@ -41,8 +49,12 @@ pub struct EngineStats {
     pub routing_ms: Option<f64>,
     /// What the experts did.
     pub experts: Arc<ExpertStats>,
+    /// Where the experts of each layer that has some are, if on several devices.
+    pub owners: Option<Arc<Vec<Owners>>>,
     /// What went to other devices, if any hold experts.
     pub exchange: Option<ExchangeStats>,
+    /// How balanced the devices are, where experts move between them.
+    pub eplb: Option<EplbStats>,
     /// What the cache of experts did, if there is one.
     pub expert_cache: Option<CacheStats>,
 }

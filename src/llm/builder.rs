@@ -1,7 +1,10 @@
 //! What to load and how, set one by one.
 
 use crate::{
-    device::DeviceChoice, engine::EngineConfig, parallel::CacheOptions, weights::WeightFormat,
+    device::DeviceChoice,
+    engine::EngineConfig,
+    parallel::{CacheOptions, EplbOptions},
+    weights::WeightFormat,
 };
 
 use super::{ExpertPlacement, Llm, LlmOptions, LoadFormat};
@@ -36,6 +39,8 @@ setters! {
     expert_devices: Vec<DeviceChoice> => expert_devices,
     /// Which experts go where.
     expert_placement: ExpertPlacement => expert_placement,
+    /// Move experts between the devices as their work asks for.
+    eplb: EplbOptions => Some(eplb),
     /// Keep all experts in the host's memory, and so many bytes of them on the device.
     expert_cache: CacheOptions => Some(expert_cache),
     /// Packing of the experts' weights.

@@ -6,19 +6,22 @@ mod builder;
 mod files;
 #[cfg(not(target_arch = "wasm32"))]
 mod grammar;
+mod measure;
 mod memory;
 mod prompt;
+#[cfg(feature = "mpi")]
+mod remote;
 mod spread;
 mod tools;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{
     Result,
-    device::{Device, DeviceChoice, Tier},
+    device::{Device, DeviceChoice, Faults, Tier},
     engine::{Engine, EngineConfig, Runner, SamplingParams},
-    model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Precision},
-    parallel::{CacheOptions, Exchange},
+    model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Precision, pack_experts},
+    parallel::{CacheOptions, EplbOptions, Exchange},
     text::{ChatTemplate, Tokenizer},
     weights::{Checkpoint, DummySource, Files, Source, WeightFormat},
 };
@@ -32,6 +35,8 @@ pub use files::{DEFAULT_MODEL, FilesError, locate};
 pub use grammar::{Grammar, GrammarCompiler, GrammarError};
 pub use memory::MemoryPlan;
 pub use prompt::chat_prompt;
+#[cfg(feature = "mpi")]
+pub use remote::serve_experts;
 pub use spread::ExpertPlacement;
 use spread::Spread;
 pub use tools::{tell_tools, tool_format, tool_grammar};
@@ -61,6 +66,11 @@ pub struct LlmOptions {
     pub expert_devices: Vec<DeviceChoice>,
     /// Which experts go where.
     pub expert_placement: ExpertPlacement,
+    /// Let the other ranks of this MPI job hold shares of the experts, and wait so long for each
+    /// answer of theirs; needs the feature `mpi`.
+    pub mpi: Option<Duration>,
+    /// Move experts between the devices as their work asks for.
+    pub eplb: Option<EplbOptions>,
     /// Keep all experts in the host's memory, and so many bytes of them on the device.
     pub expert_cache: Option<CacheOptions>,
     /// Highest tier of the adapter to use, for tests and to rule a tier out; all if absent.
@@ -101,6 +111,8 @@ impl Default for LlmOptions {
             device: DeviceChoice::Auto,
             expert_devices: Vec::new(),
             expert_placement: ExpertPlacement::Linear,
+            mpi: None,
+            eplb: None,
             expert_cache: None,
             tier: None,
             weights: WeightFormat::W8 { group: None },
@@ -191,7 +203,7 @@ impl PlannedLlm {
             max_penalized: options.max_num_seqs.clamp(1, 32),
         }
         .fit(&spec, &device.caps());
-        let spread = Spread::open(&options, &spec).await?;
+        let spread = Spread::open(&options, &spec, &limits).await?;
         let limits = spread.fit(limits, &spec);
         let layout = spread.layout();
         let (memory, n_blocks) =
@@ -226,6 +238,17 @@ impl PlannedLlm {
         self.spread.describe()
     }
 
+    /// What was measured of each device, in words, where [`ExpertPlacement::Balanced`] asked for
+    /// it.
+    pub fn measurements(&self) -> &[String] {
+        self.spread.measurements()
+    }
+
+    /// Makes the primary device fail, for tests.
+    pub fn faults(&self) -> Faults {
+        self.device.faults()
+    }
+
     /// Loads weights; `progress` hears of bytes uploaded.
     ///
     /// # Errors
@@ -249,7 +272,7 @@ impl PlannedLlm {
             precision.activations,
         )?;
         let layout = self.spread.layout();
-        let exchange = self.spread.load(&self.spec, &*source, precision, &self.limits)?;
+        let exchange = self.spread.load(&self.options, &self.spec, &*source, &self.limits)?;
         let model = Model::load_part(
             self.spec,
             &*source,
@@ -271,7 +294,10 @@ impl PlannedLlm {
         if let Some(exchange) = exchange {
             runner = runner.with_exchange(exchange);
         }
-        let engine = Engine::new(runner, self.options.engine);
+        let mut engine = Engine::new(runner, self.options.engine);
+        if let Some(balancer) = self.spread.balancer() {
+            engine = engine.with_balancer(balancer);
+        }
         Ok(Llm { dir: self.dir, engine, tokenizer, template, defaults: self.defaults })
     }
 
@@ -304,6 +330,19 @@ impl Llm {
     #[cfg(not(target_arch = "wasm32"))]
     pub fn open(options: LlmOptions) -> Result<Self> {
         PlannedLlm::new(options)?.load(&|_| {})
+    }
+
+    /// Replaces the experts that `source` has, and no others, while requests run: all or none.
+    /// Returns their layers and numbers.
+    ///
+    /// # Errors
+    /// Those of [`crate::model::pack_experts`] and [`Engine::replace_experts`].
+    pub fn replace_experts(&mut self, source: &dyn Source) -> Result<Vec<(usize, usize)>> {
+        let model = self.engine.runner().model();
+        let new = pack_experts(&model.spec, model.precision, source)?;
+        let layers: Vec<usize> = model.spec.moe_layers().map(|(index, _)| index).collect();
+        self.engine.replace_experts(&new)?;
+        Ok(new.iter().map(|e| (layers[e.layer], e.expert)).collect())
     }
 
     /// The tokenizer.

@@ -3,15 +3,19 @@
 
 use crate::{
     Result,
-    device::Device,
+    device::{Device, DeviceChoice},
     model::{ExpertCache, ExpertShard, Limits, ModelSpec, Precision},
     parallel::{
-        CacheOptions, Exchange, ExpertLayout, Owners, ParallelError, Placement, Sharded, Worker,
+        CacheOptions, EplbOptions, Exchange, ExpertLayout, Owners, ParallelError, Placement, Rank,
+        Rebalancer, Sharded, Share, Worker,
     },
     weights::Source,
 };
 
-use super::LlmOptions;
+use super::{
+    LlmOptions,
+    measure::{self, Candidate},
+};
 
 /// How experts are spread over devices.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -21,8 +25,38 @@ pub enum ExpertPlacement {
     Linear,
     /// Dealt out in turn.
     RoundRobin,
+    /// As measured: devices that make others wait get none.
+    Balanced,
     /// As JSON says, see [`Placement::from_json`].
     Json(String),
+}
+
+/// Ranks of the MPI job, this one included.
+#[cfg(feature = "mpi")]
+fn remote_ranks(choices: &[DeviceChoice]) -> Result<usize> {
+    let cause = "each rank has one device; leave out --devices".to_owned();
+    match choices.is_empty() {
+        true => Ok(crate::parallel::cluster::Cluster::join()?.n_ranks()),
+        false => Err(ParallelError::Cluster { cause }.into()),
+    }
+}
+
+#[cfg(not(feature = "mpi"))]
+fn remote_ranks(_: &[DeviceChoice]) -> Result<usize> {
+    let cause = "this moewe was built without it; build with --features mpi".to_owned();
+    Err(ParallelError::Cluster { cause }.into())
+}
+
+async fn open_all(options: &LlmOptions, choices: &[DeviceChoice]) -> Result<Vec<Device>> {
+    let mut devices = Vec::new();
+    for choice in choices {
+        let mut device = Device::open(choice).await?;
+        if let Some(tier) = options.tier {
+            device.shrink(tier);
+        }
+        devices.push(device);
+    }
+    Ok(devices)
 }
 
 impl ExpertPlacement {
@@ -31,6 +65,8 @@ impl ExpertPlacement {
         let layers = spec.moe_layers().map(|(_, moe)| moe.routing.n_experts);
         Ok(match self {
             Self::Linear => layers.map(|n| Owners::linear(n, n_ranks)).collect(),
+            // For devices that are not measured.
+            Self::Balanced => layers.map(|n| Owners::linear(n, n_ranks)).collect(),
             Self::RoundRobin => layers.map(|n| Owners::round_robin(n, n_ranks)).collect(),
             Self::Json(text) => {
                 let (n_layers, n_experts) = (layers.count(), spec.n_experts());
@@ -47,6 +83,13 @@ pub(super) struct Spread {
     devices: Vec<Device>,
     /// By layer that has experts; none if the primary device is alone.
     owners: Vec<Owners>,
+    /// The ranks are those of an MPI job.
+    is_remote: bool,
+    /// What was measured of them.
+    ranks: Option<Vec<Rank>>,
+    /// The same in words, devices that were left out among them.
+    measured: Vec<String>,
+    eplb: Option<EplbOptions>,
     /// The primary device has slots for experts, and the host's memory all of them.
     pub(super) cache: Option<CacheOptions>,
     /// Slots of each layer.
@@ -55,40 +98,102 @@ pub(super) struct Spread {
 
 impl Spread {
     /// Opens the devices of ranks 1, 2, ..., or sizes the only one's cache of experts.
-    pub(super) async fn open(options: &LlmOptions, spec: &ModelSpec) -> Result<Self> {
+    pub(super) async fn open(
+        options: &LlmOptions,
+        spec: &ModelSpec,
+        limits: &Limits,
+    ) -> Result<Self> {
         let choices = &options.expert_devices;
         if spec.n_experts() == 0 {
             return Ok(Self::default());
         }
         if let Some(cache) = options.expert_cache {
-            if !choices.is_empty() {
+            if !choices.is_empty() || options.mpi.is_some() {
                 return Err(ParallelError::CacheOnSeveral.into());
             }
             let slots = ExpertCache::slots(spec, Precision::of(options.weights), cache.bytes)?;
             return Ok(Self { cache: Some(cache), slots, ..Self::default() });
         }
+        if options.mpi.is_some() {
+            let owners = options.expert_placement.owners(spec, remote_ranks(choices)?)?;
+            return Ok(Self { owners, is_remote: true, eplb: options.eplb, ..Self::default() });
+        }
         if choices.is_empty() {
             return Ok(Self::default());
         }
-        let mut devices = Vec::new();
-        for choice in choices {
-            let mut device = Device::open(choice).await?;
-            if let Some(tier) = options.tier {
-                device.shrink(tier);
-            }
-            devices.push(device);
+        if options.expert_placement == ExpertPlacement::Balanced {
+            return Self::measured(options, spec, limits).await;
         }
+        let devices = open_all(options, choices).await?;
         let owners = options.expert_placement.owners(spec, 1 + devices.len())?;
-        Ok(Self { devices, owners, ..Self::default() })
+        Ok(Self { devices, owners, eplb: options.eplb, ..Self::default() })
+    }
+
+    /// Only those devices that a measurement gives experts to.
+    async fn measured(options: &LlmOptions, spec: &ModelSpec, limits: &Limits) -> Result<Self> {
+        let candidates = measure::candidates(options, spec, limits).await?;
+        let ranks: Vec<Rank> = candidates.iter().map(|c| c.rank).collect();
+        let placement = measure::choose(spec, &ranks, options.max_num_seqs.max(1))?;
+        let used: Vec<usize> =
+            (0..ranks.len()).filter(|&r| r == 0 || placement.slots(r) > 0).collect();
+        let restrict = |layer: &Owners| {
+            let held = used.iter().map(|&rank| layer.held(rank).to_vec()).collect();
+            Owners::new(layer.n_experts(), held)
+        };
+        let owners = placement.layers().iter().map(restrict).collect::<Result<Vec<_>, _>>()?;
+        let say = |(rank, c): (usize, &Candidate)| {
+            let (n, of) = (placement.slots(rank), spec.n_experts());
+            format!(
+                "{}: {:.0} rows of experts/s, {:.0} us a visit; {n} of {of} experts",
+                c.name,
+                c.rank.speed,
+                c.rank.visit_s * 1e6
+            )
+        };
+        let measured = candidates.iter().enumerate().map(say).collect();
+        let choices: Vec<DeviceChoice> =
+            used[1..].iter().map(|&rank| candidates[rank].choice.clone()).collect();
+        let devices = open_all(options, &choices).await?;
+        let is_alone = devices.is_empty();
+        Ok(Self {
+            devices,
+            owners: if is_alone { Vec::new() } else { owners },
+            ranks: Some(used.iter().map(|&rank| ranks[rank]).collect()),
+            measured,
+            eplb: options.eplb,
+            ..Self::default()
+        })
+    }
+
+    /// What was measured, a line for each device; empty if nothing was.
+    pub(super) fn measurements(&self) -> &[String] {
+        &self.measured
     }
 
     /// What the primary device holds.
     pub(super) fn layout(&self) -> ExpertLayout {
-        match self.devices.is_empty() {
+        match self.owners.is_empty() {
             true if self.cache.is_some() => ExpertLayout::Cached(self.slots),
             true => ExpertLayout::All,
-            false => ExpertLayout::Share(self.owners.clone(), 0),
+            false => ExpertLayout::Share(self.share(0)),
         }
+    }
+
+    fn share(&self, rank: usize) -> Share {
+        let redundant = self.eplb.map(|eplb| eplb.redundant);
+        Share { owners: self.owners.clone(), rank, redundant }
+    }
+
+    /// Who moves experts between the devices, if anybody does.
+    pub(super) fn balancer(&self) -> Option<Rebalancer> {
+        let (eplb, n_ranks) = (self.eplb?, self.owners.first()?.n_ranks());
+        let alike = Rank { slots: 0, speed: 1.0, visit_s: 0.0 };
+        let rank = |rank: usize| {
+            let known = self.ranks.as_ref().and_then(|ranks| ranks.get(rank).copied());
+            Rank { slots: self.share(rank).places(0), ..known.unwrap_or(alike) }
+        };
+        let placement = Placement::new(self.owners.clone());
+        Some(Rebalancer::new(eplb, (0..n_ranks).map(rank).collect(), placement))
     }
 
     /// The limits that every device can keep.
@@ -104,23 +209,30 @@ impl Spread {
     /// Loads each device's experts, and those alone.
     pub(super) fn load(
         &mut self,
+        options: &LlmOptions,
         spec: &ModelSpec,
         source: &dyn Source,
-        precision: Precision,
         limits: &Limits,
     ) -> Result<Option<Box<dyn Exchange>>> {
-        if self.devices.is_empty() {
+        if self.owners.is_empty() {
             return Ok(None);
         }
-        let owners = &self.owners;
+        if self.is_remote {
+            #[cfg(feature = "mpi")]
+            {
+                let workers = super::remote::load(options, spec, limits, |rank| self.share(rank))?;
+                return Ok(Some(Box::new(Sharded::new(workers, self.owners.clone()))));
+            }
+        }
+        let precision = Precision::of(options.weights);
+        let devices = std::mem::take(&mut self.devices).into_iter().enumerate();
         let load = |(i, device): (usize, Device)| -> Result<Box<dyn Worker>> {
             let rank = i + 1;
-            let share = (&owners[..], rank);
+            let share = self.share(rank);
             let shard = ExpertShard::load(device, spec, source, precision, limits, share)
                 .map_err(|e| ParallelError::Worker { rank, cause: e.to_string() })?;
             Ok(Box::new(shard))
         };
-        let devices = std::mem::take(&mut self.devices).into_iter().enumerate();
         let workers = devices.map(load).collect::<Result<_>>()?;
         Ok(Some(Box::new(Sharded::new(workers, self.owners.clone()))))
     }

@@ -1,8 +1,10 @@
 //! Banks of experts: what a checkpoint calls their matrices, and how they are loaded side by side.
 
+use std::collections::BTreeSet;
+
 use crate::{
     Result,
-    device::Tensor,
+    device::{Device, Tensor},
     kernels::Matrix,
     weights::{Source, WeightFormat},
 };
@@ -19,27 +21,43 @@ pub(super) struct Banks {
     pub(super) down: Vec<(usize, Matrix)>,
 }
 
-/// Where some bytes of one expert lie in its bank: the tensor, the first byte, how many.
-pub(super) type Part = (Tensor, u64, u64);
-
 impl Banks {
     /// Where the expert at `place` lies, in the order of [`BankShape::pack`].
-    pub(super) fn parts(&self, place: usize) -> Vec<Part> {
+    pub(super) fn parts(&self, place: usize) -> Vec<Tensor> {
         [&self.gate_up, &self.down].into_iter().flat_map(|banks| parts(banks, place)).collect()
+    }
+
+    /// Overwrites the expert at `place` with a packed one.
+    pub(super) fn write(&self, device: &mut Device, place: usize, mut packed: &[u8]) {
+        for part in self.parts(place) {
+            let (bytes, rest) = packed.split_at(part.bytes() as usize);
+            device.write_at(&part, 0, bytes);
+            packed = rest;
+        }
+    }
+
+    /// The packed expert at `place`.
+    pub(super) fn read(&self, device: &mut Device, place: usize) -> Result<Vec<u8>> {
+        Ok(device.read_all(&self.parts(place)).wait_now()?)
+    }
+
+    /// Bytes that are allocated, and those of them that hold weights or scales of experts with
+    /// `hidden` inputs and outputs and this width between.
+    pub(super) fn bytes(&self, hidden: usize, width: usize) -> (u64, u64) {
+        let gate_up = self.gate_up.iter().map(|(_, bank)| bank.bytes(2 * width, hidden));
+        let down = self.down.iter().map(|(_, bank)| bank.bytes(hidden, width));
+        gate_up.chain(down).fold((0, 0), |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1))
     }
 }
 
-fn parts(banks: &[(usize, Matrix)], place: usize) -> Vec<Part> {
+fn parts(banks: &[(usize, Matrix)], place: usize) -> Vec<Tensor> {
     let inside =
         |&&(first, bank): &&(usize, Matrix)| (first..first + bank.n_experts).contains(&place);
     let &(first, bank) = banks.iter().find(inside).expect("a place in one of the banks");
-    let part = |tensor: Tensor| {
-        let bytes = tensor.bytes() / bank.n_experts as u64;
-        (tensor, (place - first) as u64 * bytes, bytes)
-    };
+    let rows = (place - first) * bank.rows..(place - first + 1) * bank.rows;
     let scaled = bank.scales != bank.weights;
-    let scales = scaled.then(|| part(bank.scales));
-    std::iter::once(part(bank.weights)).chain(scales).collect()
+    let scales = scaled.then(|| bank.scales.slice(rows.clone()));
+    std::iter::once(bank.weights.slice(rows)).chain(scales).collect()
 }
 
 /// How a checkpoint spells the weights of experts; each variant has a prefix.
@@ -71,6 +89,28 @@ pub(super) fn names(
 }
 
 impl ExpertNames {
+    /// Numbers of the experts that have tensors among `names`, and how many of those there are.
+    pub(super) fn found(&self, names: &[String], n_experts: usize) -> (BTreeSet<usize>, usize) {
+        match self {
+            Self::Each(prefix, projections) => {
+                let number = |name: &String| -> Option<usize> {
+                    let rest = name.strip_prefix(prefix.as_str())?.strip_prefix('.')?;
+                    let (number, rest) = rest.split_once('.')?;
+                    let projection = rest.strip_suffix(".weight")?;
+                    projections.contains(&projection).then(|| number.parse().ok())?
+                };
+                let numbers: Vec<usize> = names.iter().filter_map(number).collect();
+                (numbers.iter().copied().collect(), numbers.len())
+            }
+            Self::Fused(prefix) => {
+                let fused = ["gate_up_proj", "down_proj"].map(|p| format!("{prefix}.{p}"));
+                let n = names.iter().filter(|name| fused.contains(name)).count();
+                ((0..if n > 0 { n_experts } else { 0 }).collect(), n)
+            }
+            Self::Single(_) => (BTreeSet::new(), 0),
+        }
+    }
+
     /// Gate rows above up rows.
     fn gate_up(&self, n_experts: usize, expert: usize, width: usize) -> Vec<Rows> {
         let all = |name| Rows::all(name, width);
@@ -137,14 +177,6 @@ impl BankShape {
         vec![self.names.down(self.n_experts, expert, self.hidden)]
     }
 
-    /// Banks with `n_places` for experts, and nothing in them.
-    pub(super) fn empty(&self, loader: &mut Loader<'_>, n_places: usize) -> Result<Banks> {
-        let (hidden, width) = (Cols::all(self.hidden), Cols::all(self.width));
-        let gate_up = loader.empty_banks(n_places, &self.gate_up(0), hidden, self.format)?;
-        let down = loader.empty_banks(n_places, &self.down(0), width, self.format)?;
-        Ok(Banks { gate_up, down })
-    }
-
     /// Packs one expert as banks hold it: gate and up rows, their scales, down rows, their scales.
     pub(super) fn pack(&self, source: &dyn Source, expert: usize) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
@@ -170,11 +202,16 @@ impl BankShape {
         (matrix(self.gate_up(0), self.hidden) + matrix(self.down(0), self.width)) as u64
     }
 
-    /// Loads some experts, in this order.
-    pub(super) fn load(&self, loader: &mut Loader<'_>, experts: &[usize]) -> Result<Banks> {
+    /// Loads some experts, in this order, into the first of so many places.
+    pub(super) fn load(
+        &self,
+        loader: &mut Loader<'_>,
+        experts: &[usize],
+        n_places: usize,
+    ) -> Result<Banks> {
         let (hidden, width) = (Cols::all(self.hidden), Cols::all(self.width));
-        let gate_up = loader.banks(experts, |e| self.gate_up(e), hidden, self.format)?;
-        let down = loader.banks(experts, |e| self.down(e), width, self.format)?;
+        let gate_up = loader.banks(experts, n_places, |e| self.gate_up(e), hidden, self.format)?;
+        let down = loader.banks(experts, n_places, |e| self.down(e), width, self.format)?;
         Ok(Banks { gate_up, down })
     }
 }
@@ -213,7 +250,7 @@ mod tests {
             width: moe.intermediate_size,
             format: precision.experts,
         };
-        let banks = shape.load(&mut loader, &[0, 1, 2]).unwrap();
+        let banks = shape.load(&mut loader, &[0, 1, 2], 3).unwrap();
         let all = banks.gate_up.iter().chain(&banks.down);
         all.map(|(_, bank)| device.read_now(&bank.weights).unwrap()).collect()
     }

@@ -1,13 +1,15 @@
 //! The mixture of experts: router, routed experts in one of two regimes, shared expert.
 
+use std::collections::HashMap;
+
 use crate::{
     Result,
-    device::{Caps, Recording, Tensor},
+    device::{Caps, Device, Recording, Tensor},
     kernels::{
         AlignShape, Aligned, CombineExperts, ExpertGemm, ExpertGemv, ExpertMode, GroupedTopk,
         MapExperts, Norm, RmsNorm, Route, Routing, Scoring, SiluMul, Store, align_experts,
     },
-    parallel::ExpertLayout,
+    parallel::{ExpertLayout, Owners},
     weights::{WeightFormat, padded},
 };
 
@@ -47,8 +49,10 @@ pub(super) struct RoutedExperts {
     banks: Banks,
     routing: Routing,
     width: usize,
-    /// Experts in the banks.
+    /// Places in the banks.
     n_held: usize,
+    /// Experts by place, none where they come and go.
+    held: Vec<usize>,
     /// Where to find which; global ids are places in the banks if absent.
     map: Option<Tensor>,
     /// Whether other devices hold the rest, so that their sums come in.
@@ -126,6 +130,11 @@ impl Experts {
     /// The routed experts.
     pub(super) fn routed(&self) -> &RoutedExperts {
         &self.routed
+    }
+
+    /// The routed experts, to move some.
+    pub(super) fn routed_mut(&mut self) -> &mut RoutedExperts {
+        &mut self.routed
     }
 
     /// Whether the router of `n` tokens normalises them on the way.
@@ -225,38 +234,66 @@ impl RoutedExperts {
         layout: &ExpertLayout,
         moe_index: usize,
     ) -> Result<Self> {
-        let all = || (0..shape.n_experts).collect::<Vec<_>>();
-        let mut table =
-            |cols: usize, map: &[i32]| loader.table("expert map", &[routing.n_experts, cols], map);
-        let (held, map) = match layout {
-            ExpertLayout::All => (all(), None),
-            ExpertLayout::Share(owners, rank) => {
-                let owners = &owners[moe_index];
-                let (cols, map) = owners.map(*rank);
-                (owners.held(*rank).to_vec(), Some(table(cols, &map)?))
+        let mut table = |(cols, map): (usize, Vec<i32>)| {
+            loader.table("expert map", &[routing.n_experts, cols], &map)
+        };
+        let (held, n_held, map) = match layout {
+            ExpertLayout::All => ((0..shape.n_experts).collect(), shape.n_experts, None),
+            ExpertLayout::Share(share) => {
+                let held = share.owners[moe_index].held(share.rank).to_vec();
+                (held, share.places(moe_index), Some(table(share.map(moe_index))?))
             }
             ExpertLayout::Cached(slots) => {
                 let nowhere = [1, -1].repeat(routing.n_experts);
-                ((0..(*slots).min(routing.n_experts)).collect(), Some(table(2, &nowhere)?))
+                (Vec::new(), (*slots).min(routing.n_experts), Some(table((2, nowhere))?))
             }
         };
-        let banks = match layout {
-            ExpertLayout::Cached(_) => shape.empty(loader, held.len())?,
-            _ => shape.load(loader, &held)?,
-        };
         Ok(Self {
-            banks,
+            banks: shape.load(loader, &held, n_held)?,
             routing,
             width: shape.width,
-            n_held: held.len(),
+            n_held,
+            held,
             map,
             is_shared_out: matches!(layout, ExpertLayout::Share(..)),
         })
     }
 
-    /// Banks with so many places, and the map that says what is in them, if not all is here.
-    pub(super) fn places(&self) -> (&Banks, usize, Option<Tensor>) {
-        (&self.banks, self.n_held, self.map)
+    /// The experts' weights.
+    pub(super) fn banks(&self) -> &Banks {
+        &self.banks
+    }
+
+    /// Number of places in the banks, and the table that says what is in them, if not all is here.
+    pub(super) fn places(&self) -> (usize, Option<Tensor>) {
+        (self.n_held, self.map)
+    }
+
+    /// Puts experts where `new` has them on `rank`; `packed` has those that move, by number.
+    pub(super) fn rearrange(
+        &mut self,
+        device: &mut Device,
+        (old, new): (&Owners, &Owners),
+        rank: usize,
+        packed: &HashMap<usize, Vec<u8>>,
+    ) {
+        for (place, expert) in new.changes(old, rank) {
+            self.banks.write(device, place, &packed[&expert]);
+        }
+        self.held = new.held(rank).to_vec();
+        if let Some(map) = &self.map {
+            device.write(map, &new.map(rank, map.cols()));
+        }
+    }
+
+    /// Where an expert stays in the banks, if it does.
+    pub(super) fn place(&self, expert: usize) -> Option<usize> {
+        self.held.iter().position(|&held| held == expert)
+    }
+
+    /// Bytes of the banks: allocated, and without padding.
+    pub(super) fn bytes(&self, hidden: usize) -> (u64, u64) {
+        self.banks.bytes(hidden, self.width)
     }
 
     /// Adds the weighted outputs of the experts that are here for `x` `[n, hidden]` to `out`.

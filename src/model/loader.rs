@@ -254,21 +254,23 @@ impl<'a> Loader<'a> {
         Ok(Linear { parts })
     }
 
-    /// A bank per group of `experts` that fits a binding: (place of its first, matrices).
+    /// A bank per group of `n_places` that fits a binding: (first place, matrices). The first
+    /// places are filled with `experts`.
     pub(super) fn banks(
         &mut self,
         experts: &[usize],
+        n_places: usize,
         rows: impl Fn(usize) -> Vec<Rows>,
         cols: Cols,
         format: WeightFormat,
     ) -> Result<Vec<(usize, Matrix)>> {
-        let banks = self.empty_banks(experts.len(), &rows(0), cols, format)?;
+        let banks = self.empty_banks(n_places, &rows(0), cols, format)?;
         self.fill_banks(&banks, experts, rows, cols)?;
         Ok(banks)
     }
 
     /// Banks with room for `n_experts` experts whose rows are as those of `stack`.
-    pub(super) fn empty_banks(
+    fn empty_banks(
         &mut self,
         n_experts: usize,
         stack: &[Rows],
@@ -298,8 +300,9 @@ impl<'a> Loader<'a> {
         cols: Cols,
     ) -> Result<()> {
         for (first, matrix) in banks {
-            for place in 0..matrix.n_experts {
-                self.fill(matrix, place, &rows(experts[first + place]), 0..matrix.rows, cols)?;
+            let here = experts.iter().skip(*first).take(matrix.n_experts);
+            for (place, &expert) in here.enumerate() {
+                self.fill(matrix, place, &rows(expert), 0..matrix.rows, cols)?;
             }
         }
         Ok(())

@@ -15,6 +15,7 @@ mod rope;
 mod scratch;
 mod shard;
 mod spec;
+mod swap;
 mod transformer;
 
 pub use kv_cache::KvCache;
@@ -24,6 +25,7 @@ pub use rope::RopeScaling;
 pub use scratch::{Limits, Scratch, StepInputs, StepShape};
 pub use shard::ExpertShard;
 pub use spec::{AttentionSpec, FfnSpec, LayerSpec, ModelSpec, MoeSpec, Names, SharedSpec};
+pub use swap::pack_experts;
 pub use transformer::Model;
 
 /// A model that cannot be built from its files.

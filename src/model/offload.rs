@@ -1,13 +1,16 @@
 //! Experts that stay in the host's memory and visit the device in turn: each layer has slots there,
 //! and the router's result says which experts must come.
 
+use std::collections::HashMap;
+
 use web_time::Instant;
 
 use crate::{
     Result,
     device::{CopyPart, Device, Readback, Tensor},
     parallel::{
-        CacheOptions, CacheStats, Exchange, ExchangeStats, Handoff, Own, ParallelError, SlotCache,
+        CacheOptions, CacheStats, Exchange, ExchangeStats, Handoff, Own, Owners, PackedExpert,
+        ParallelError, SlotCache,
     },
     weights::Source,
 };
@@ -81,10 +84,10 @@ impl ExpertCache {
                 host.push(device.keep_on_host("expert", &bytes)?);
                 progress(bytes.len() as u64);
             }
-            let (banks, n_slots, map) = experts.places();
+            let (banks, (n_slots, map)) = (experts.banks().clone(), experts.places());
             let slots = SlotCache::new(shape.n_experts, n_slots, options.policy);
             let map = map.expect("layers with slots have a map");
-            layers.push(Layer { host, banks: banks.clone(), slots, map, written: Vec::new() });
+            layers.push(Layer { host, banks, slots, map, written: Vec::new() });
         }
         let stats = CacheStats {
             slots: layers.iter().map(|l| l.slots.n_slots() as u64).sum(),
@@ -110,9 +113,9 @@ impl Layer {
         let mut copies = Vec::new();
         for &(expert, slot) in &moves {
             let (from, mut from_byte) = (self.host[expert], 0);
-            for (to, to_byte, bytes) in self.banks.parts(slot) {
-                copies.push(CopyPart { from, from_byte, to, to_byte, bytes });
-                from_byte += bytes;
+            for to in self.banks.parts(slot) {
+                copies.push(CopyPart { from, from_byte, to });
+                from_byte += to.bytes();
             }
             debug_assert_eq!(from_byte, from.bytes());
         }
@@ -165,6 +168,29 @@ impl Exchange for ExpertCache {
         }
         self.rounds += 1;
         Ok(())
+    }
+
+    fn read_expert(
+        &mut self,
+        device: &mut Device,
+        layer: usize,
+        expert: usize,
+    ) -> Result<Option<Vec<u8>>> {
+        Ok(Some(device.read_now(&self.layers[layer].host[expert])?))
+    }
+
+    fn write_expert(&mut self, device: &mut Device, new: &PackedExpert) -> Result<()> {
+        let layer = &mut self.layers[new.layer];
+        let kept = device.keep_on_host("expert", &new.bytes)?;
+        device.free(std::mem::replace(&mut layer.host[new.expert], kept));
+        if let Some(slot) = layer.slots.slot(new.expert) {
+            layer.banks.write(device, slot, &new.bytes);
+        }
+        Ok(())
+    }
+
+    fn rearrange(&mut self, _: usize, _: &Owners, _: &HashMap<usize, Vec<u8>>) -> Result<()> {
+        Ok(()) // All experts are at home in the host's memory.
     }
 
     fn stats(&self) -> ExchangeStats {

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use crate::{
     Result,
     device::{Device, Plan, Readback, Recording},
-    parallel::{ExpertLayout, Owners, Rows, Worker},
+    parallel::{ExpertLayout, Owners, Rows, Share, Worker},
     weights::Source,
 };
 
@@ -33,7 +33,7 @@ pub struct ExpertShard {
 }
 
 impl ExpertShard {
-    /// Loads the experts of `rank` from `source`, and no others, for steps up to `limits`.
+    /// Loads the experts of `share` from `source`, and no others, for steps up to `limits`.
     ///
     /// # Errors
     /// [`crate::weights::WeightsError`] for missing or misshapen tensors,
@@ -44,11 +44,11 @@ impl ExpertShard {
         source: &dyn Source,
         precision: Precision,
         limits: &Limits,
-        (owners, rank): (&[Owners], usize),
+        share: Share,
     ) -> Result<Self> {
         let limits = Limits { max_logits: 1, ..*limits };
         let buffers = Buffers::alloc(&mut device, spec, &limits, precision.activations)?;
-        let layout = ExpertLayout::Share(owners.to_vec(), rank);
+        let layout = ExpertLayout::Share(share);
         let mut loader = Loader::new(source, &mut device, &|_| {});
         let mut layers = Vec::new();
         for (moe_index, (index, moe)) in spec.moe_layers().enumerate() {
@@ -95,6 +95,27 @@ impl Worker for ExpertShard {
     fn finish(&mut self) -> Result<Vec<f32>> {
         let Some(sums) = self.pending.take() else { return Ok(Vec::new()) };
         Ok(bytemuck::pod_collect_to_vec(&sums.wait_now()?))
+    }
+
+    fn read_expert(&mut self, layer: usize, place: usize) -> Result<Vec<u8>> {
+        self.layers[layer].banks().read(&mut self.device, place)
+    }
+
+    fn write_expert(&mut self, layer: usize, place: usize, packed: &[u8]) -> Result<()> {
+        self.layers[layer].banks().write(&mut self.device, place, packed);
+        // Whether it arrived is known now, not a step later.
+        Ok(self.device.wait()?)
+    }
+
+    fn rearrange(
+        &mut self,
+        layer: usize,
+        owners: (&Owners, &Owners),
+        rank: usize,
+        packed: &HashMap<usize, Vec<u8>>,
+    ) -> Result<()> {
+        self.layers[layer].rearrange(&mut self.device, owners, rank, packed);
+        Ok(())
     }
 
     fn blocks(&self) -> bool {

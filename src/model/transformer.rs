@@ -127,12 +127,28 @@ impl Model {
         Ok(Self { spec, precision, embedding, layers, norm, lm_head, rope })
     }
 
+    /// Bytes of the experts' banks on this device: allocated, and of those the ones that hold
+    /// weights and scales rather than padding.
+    pub fn expert_bytes(&self) -> (u64, u64) {
+        let banks = self.routed_experts().map(|routed| routed.bytes(self.spec.hidden_size));
+        banks.fold((0, 0), |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1))
+    }
+
     /// The routed experts of each layer that has some.
     pub(super) fn routed_experts(&self) -> impl Iterator<Item = &RoutedExperts> {
         self.layers.iter().filter_map(|layer| match &layer.ffn {
             Ffn::Moe(experts) => Some(experts.routed()),
             Ffn::Dense(..) => None,
         })
+    }
+
+    /// The routed experts of one of the layers that have some.
+    pub(super) fn routed_experts_mut(&mut self, layer: usize) -> Option<&mut RoutedExperts> {
+        let experts = self.layers.iter_mut().filter_map(|layer| match &mut layer.ffn {
+            Ffn::Moe(experts) => Some(experts.routed_mut()),
+            Ffn::Dense(..) => None,
+        });
+        experts.into_iter().nth(layer)
     }
 
     /// Longest context that the rotary table covers.

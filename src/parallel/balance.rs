@@ -15,9 +15,6 @@ pub struct Cluster {
     pub n_devices: usize,
 }
 
-/// Least relative gain of the largest load over the mean that is worth moving weights for.
-const GAIN_MIN: f64 = 0.05;
-
 /// The expert in each slot, slots of a device side by side, for one layer's loads.
 /// `[experts]` to `[slots]`
 ///
@@ -123,10 +120,10 @@ fn slowest(loads: &[f64], speeds: &[f64]) -> f64 {
 }
 
 /// Whether weights should move from one [`balancedness`] to another: the largest load over the mean
-/// falls by 5 % or more (vLLM's rule).
-pub fn is_improvement(before: f64, after: f64) -> bool {
+/// falls by the share `least` or more (vLLM's rule, with 0.05).
+pub fn is_improvement(before: f64, after: f64, least: f64) -> bool {
     let (before, after) = (1.0 / before, 1.0 / after);
-    (before - after) / before >= GAIN_MIN
+    (before - after) / before >= least
 }
 
 #[cfg(test)]
@@ -189,8 +186,8 @@ mod tests {
         let after = loads(&rebalance(&load, cluster).unwrap(), &load, 8);
         let [before, after] = [before, after].map(|l| balancedness(&[l], &[1.0; 8]));
         assert!(before < 0.6 && after > 0.9, "{before} to {after}");
-        assert!(is_improvement(before, after) && !is_improvement(after, after));
-        assert!(!is_improvement(0.96, 0.99) && is_improvement(0.90, 0.96));
+        assert!(is_improvement(before, after, 0.05) && !is_improvement(after, after, 0.05));
+        assert!(!is_improvement(0.96, 0.99, 0.05) && is_improvement(0.90, 0.96, 0.05));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! primary device: activations go to the owners of the chosen experts and partial sums come back.
 //! Knows devices and ranks; what a rank computes with is behind [`Worker`].
 
-use std::{fmt, time::Duration};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use web_time::Instant;
 
@@ -49,13 +49,58 @@ pub trait Exchange: fmt::Debug + Send {
         own: &mut Own<'_>,
     ) -> Result<()>;
 
+    /// Packed weights of an expert that it keeps elsewhere than on the primary device.
+    ///
+    /// # Errors
+    /// [`crate::device::DeviceError`], [`ParallelError::Worker`].
+    fn read_expert(
+        &mut self,
+        device: &mut Device,
+        layer: usize,
+        expert: usize,
+    ) -> Result<Option<Vec<u8>>>;
+
+    /// Overwrites an expert wherever it keeps one elsewhere than on the primary device.
+    ///
+    /// # Errors
+    /// [`crate::device::DeviceError`], [`ParallelError::Worker`].
+    fn write_expert(&mut self, device: &mut Device, new: &PackedExpert) -> Result<()>;
+
+    /// Moves experts of a layer from their old owners to new ones; `packed` has those that move,
+    /// by number. The primary device's are moved by its owner.
+    ///
+    /// # Errors
+    /// [`ParallelError::Worker`].
+    fn rearrange(
+        &mut self,
+        layer: usize,
+        new: &Owners,
+        packed: &HashMap<usize, Vec<u8>>,
+    ) -> Result<()>;
+
     /// What it has done so far.
     fn stats(&self) -> ExchangeStats;
+
+    /// Who owns which experts, by layer that has some, if they are on several devices.
+    fn owners(&self) -> Option<Arc<Vec<Owners>>> {
+        None
+    }
 
     /// What its caches have done, if it has any.
     fn cache_stats(&self) -> Option<CacheStats> {
         None
     }
+}
+
+/// One expert's weights as devices hold them, on their way to those.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackedExpert {
+    /// Index among the layers that have experts.
+    pub layer: usize,
+    /// Its number in the layer.
+    pub expert: usize,
+    /// In the format and order of the model's banks.
+    pub bytes: Vec<u8>,
 }
 
 /// Traffic since the start.
@@ -100,6 +145,31 @@ pub trait Worker: fmt::Debug + Send {
     /// Those of its device, or of the way there.
     fn finish(&mut self) -> Result<Vec<f32>>;
 
+    /// Packed weights of the expert at a place of a layer.
+    ///
+    /// # Errors
+    /// Those of its device, or of the way there.
+    fn read_expert(&mut self, layer: usize, place: usize) -> Result<Vec<u8>>;
+
+    /// Overwrites the expert at a place of a layer, behind what was submitted before.
+    ///
+    /// # Errors
+    /// Those of its device, or of the way there.
+    fn write_expert(&mut self, layer: usize, place: usize, packed: &[u8]) -> Result<()>;
+
+    /// Moves experts of a layer to where the new owners have them on this rank; `packed` has those
+    /// that move, by number.
+    ///
+    /// # Errors
+    /// Those of its device, or of the way there.
+    fn rearrange(
+        &mut self,
+        layer: usize,
+        owners: (&Owners, &Owners),
+        rank: usize,
+        packed: &HashMap<usize, Vec<u8>>,
+    ) -> Result<()>;
+
     /// Whether [`Worker::submit`] only returns when all is computed; such workers go last.
     fn blocks(&self) -> bool {
         false
@@ -116,7 +186,7 @@ pub struct Sharded {
     /// Ranks from 1 on.
     workers: Vec<Box<dyn Worker>>,
     /// By layer that has experts.
-    owners: Vec<Owners>,
+    owners: Arc<Vec<Owners>>,
     stats: ExchangeStats,
 }
 
@@ -137,7 +207,7 @@ struct Visit {
 impl Sharded {
     /// Workers of ranks 1, 2, ..., and who owns which experts by layer that has some.
     pub fn new(workers: Vec<Box<dyn Worker>>, owners: Vec<Owners>) -> Self {
-        Self { workers, owners, stats: ExchangeStats::default() }
+        Self { workers, owners: Arc::new(owners), stats: ExchangeStats::default() }
     }
 
     /// What each rank gets of a layer; ranks that own no chosen expert are left out.
@@ -218,8 +288,48 @@ impl Exchange for Sharded {
         Ok(())
     }
 
+    fn read_expert(
+        &mut self,
+        _: &mut Device,
+        layer: usize,
+        expert: usize,
+    ) -> Result<Option<Vec<u8>>> {
+        let place = self.owners[layer].places(expert).find(|place| place.0 > 0);
+        let Some((rank, place)) = place else { return Ok(None) };
+        let read = self.workers[rank - 1].read_expert(layer, place);
+        Ok(Some(read.map_err(|e| failed(rank, &e))?))
+    }
+
+    fn write_expert(&mut self, _: &mut Device, new: &PackedExpert) -> Result<()> {
+        for (rank, place) in self.owners[new.layer].places(new.expert).filter(|p| p.0 > 0) {
+            let worker = &mut self.workers[rank - 1];
+            let written = worker.write_expert(new.layer, place, &new.bytes);
+            written.map_err(|e| failed(rank, &e))?;
+        }
+        Ok(())
+    }
+
+    fn rearrange(
+        &mut self,
+        layer: usize,
+        new: &Owners,
+        packed: &HashMap<usize, Vec<u8>>,
+    ) -> Result<()> {
+        let owners = (&self.owners[layer], new);
+        for (worker, rank) in self.workers.iter_mut().zip(1..) {
+            let moved = worker.rearrange(layer, owners, rank, packed);
+            moved.map_err(|e| failed(rank, &e))?;
+        }
+        Arc::make_mut(&mut self.owners)[layer] = new.clone();
+        Ok(())
+    }
+
     fn stats(&self) -> ExchangeStats {
         self.stats
+    }
+
+    fn owners(&self) -> Option<Arc<Vec<Owners>>> {
+        Some(self.owners.clone())
     }
 }
 

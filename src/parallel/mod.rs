@@ -4,15 +4,20 @@
 
 mod balance;
 mod cache;
+#[cfg(feature = "mpi")]
+pub mod cluster;
 mod exchange;
 mod owners;
 mod placement;
+mod rebalance;
+pub mod simulate;
 
 pub use balance::{Cluster, balancedness, is_improvement, preserve_slots, rebalance, replicate};
 pub use cache::{CacheOptions, CachePolicy, CacheStats, SlotCache};
-pub use exchange::{Exchange, ExchangeStats, Handoff, Own, Rows, Sharded, Worker};
-pub use owners::{ExpertLayout, Owners};
+pub use exchange::{Exchange, ExchangeStats, Handoff, Own, PackedExpert, Rows, Sharded, Worker};
+pub use owners::{ExpertLayout, Owners, Share};
 pub use placement::{Placement, Rank};
+pub use rebalance::{EplbOptions, EplbStats, Rebalancer};
 
 /// Experts that cannot be spread as asked.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +61,24 @@ pub enum ParallelError {
     CachePolicy {
         /// What was given.
         text: String,
+    },
+    /// A job of several hosts that cannot go on.
+    #[error("the MPI job: {cause}")]
+    Cluster {
+        /// What is wrong.
+        cause: String,
+    },
+    /// A simulation without the numbers that it needs.
+    #[error("this cannot be simulated: {cause}")]
+    Simulate {
+        /// What is missing.
+        cause: String,
+    },
+    /// A file of experts that this model cannot take.
+    #[error("the experts cannot be taken: {cause}")]
+    NewExperts {
+        /// What is wrong.
+        cause: String,
     },
     /// A cache of experts that several devices share.
     #[error("an expert cache works on one device; leave out --devices or --expert-cache-memory")]

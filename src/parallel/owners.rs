@@ -18,10 +18,47 @@ pub enum ExpertLayout {
     /// Every one.
     #[default]
     All,
-    /// Those of a rank, by layer that has experts.
-    Share(Vec<Owners>, usize),
+    /// Those of a rank.
+    Share(Share),
     /// At most so many of each layer at a time; see [`super::SlotCache`].
     Cached(usize),
+}
+
+/// What a rank holds of all layers.
+#[derive(Debug, Clone)]
+pub struct Share {
+    /// By layer that has experts.
+    pub owners: Vec<Owners>,
+    /// Which rank.
+    pub rank: usize,
+    /// Where placements change: copies of experts in a layer beyond one of each, over all ranks.
+    pub redundant: Option<usize>,
+}
+
+impl Share {
+    /// Places for experts that the rank needs in a layer.
+    pub fn places(&self, layer: usize) -> usize {
+        let held = |owners: &Owners| owners.held(self.rank).len();
+        let all = || self.owners.iter();
+        match self.redundant {
+            None => held(&self.owners[layer]),
+            Some(redundant) => {
+                let n_experts = all().map(Owners::n_experts).max().unwrap_or(0);
+                let n_ranks = self.owners[layer].n_ranks();
+                let most = (n_experts + redundant).div_ceil(n_ranks).min(n_experts);
+                all().map(held).max().unwrap_or(0).max(most)
+            }
+        }
+    }
+
+    /// The rank's map of a layer and its columns, see [`Owners::map`].
+    pub fn map(&self, layer: usize) -> (usize, Vec<i32>) {
+        let owners = &self.owners[layer];
+        let most = owners.replicas.iter().map(Vec::len).max().unwrap_or(1);
+        let later = self.redundant.map_or(1, |n| (1 + n).min(owners.n_ranks()));
+        let cols = 1 + most.max(later);
+        (cols, owners.map(self.rank, cols))
+    }
 }
 
 impl Owners {
@@ -78,6 +115,11 @@ impl Owners {
         &self.held[rank]
     }
 
+    /// Rank and local id of each replica of an expert, ascending.
+    pub fn places(&self, expert: usize) -> impl Iterator<Item = (usize, usize)> {
+        self.replicas[expert].iter().copied()
+    }
+
     /// Rank and local id that serve row `token` of a step, `None` for ids out of range. Replicas
     /// are spread by a hash (Knuth's, as vLLM does), so that the choice is the same everywhere.
     pub fn of(&self, token: usize, expert: i32) -> Option<(usize, usize)> {
@@ -88,9 +130,8 @@ impl Owners {
 
     /// The same for one rank as a table for a kernel: the number of
     /// replicas, then each one's local id, or -1 where it is on another rank.
-    /// `[experts, 1 + most replicas]`
-    pub fn map(&self, rank: usize) -> (usize, Vec<i32>) {
-        let cols = 1 + self.replicas.iter().map(Vec::len).max().unwrap_or(1);
+    /// `[experts, cols]`, with a column more than the most replicas or wider
+    pub fn map(&self, rank: usize, cols: usize) -> Vec<i32> {
         let mut map = vec![-1; self.n_experts() * cols];
         for (row, replicas) in map.chunks_mut(cols).zip(&self.replicas) {
             row[0] = replicas.len() as i32;
@@ -98,7 +139,13 @@ impl Owners {
                 *out = if place.0 == rank { place.1 as i32 } else { -1 };
             }
         }
-        (cols, map)
+        map
+    }
+
+    /// Places of a rank whose expert is another one than in `old`, with their new expert.
+    pub fn changes(&self, old: &Self, rank: usize) -> Vec<(usize, usize)> {
+        let held = self.held[rank].iter().copied().enumerate();
+        held.filter(|&(place, expert)| old.held[rank].get(place) != Some(&expert)).collect()
     }
 }
 
@@ -111,7 +158,7 @@ mod tests {
     fn linear_and_round_robin_are_those_of_vllm() {
         let linear = Owners::linear(7, 3);
         assert_eq!(linear.held, [vec![0, 1, 2], vec![3, 4], vec![5, 6]]);
-        assert_eq!(linear.map(1).1, [1, -1, 1, -1, 1, -1, 1, 0, 1, 1, 1, -1, 1, -1]);
+        assert_eq!(linear.map(1, 2), [1, -1, 1, -1, 1, -1, 1, 0, 1, 1, 1, -1, 1, -1]);
         let round_robin = Owners::round_robin(7, 3);
         assert_eq!(round_robin.held, [vec![0, 3, 6], vec![1, 4], vec![2, 5]]);
         assert_eq!(round_robin.of(9, 4), Some((1, 1)));
@@ -140,6 +187,7 @@ mod tests {
                 (Just(n), prop::collection::vec(1u32..(1 << n), 1..20))
             }),
             token in 0usize..5000,
+            redundant in prop::option::of(0usize..4),
         ) {
             let on = |rank: usize| (0..places.len()).filter(move |_| rank < n_ranks);
             let held = (0..n_ranks)
@@ -150,7 +198,8 @@ mod tests {
                 let (owner, local) = owners.of(token, expert as i32).unwrap();
                 prop_assert_eq!(owners.held(owner)[local], expert);
                 for rank in 0..n_ranks {
-                    let (cols, map) = owners.map(rank);
+                    let share = Share { owners: vec![owners.clone()], rank, redundant };
+                    let (cols, map) = share.map(0);
                     let row = &map[expert * cols..][..cols];
                     let hash = (token as u32).wrapping_mul(0x9E37_79B9) as usize;
                     let mapped = row[1 + hash % row[0] as usize];

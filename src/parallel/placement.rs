@@ -94,8 +94,10 @@ impl Placement {
 
     /// Places experts so that unlike devices finish together, with up to `n_redundant` copies of
     /// the busiest ones in each layer: heaviest first, each to the device that would finish it
-    /// first (longest processing time first, Graham 1969), never twice to one device. With
-    /// devices that are alike this is EPLB's packing. `loads` is `[layers][experts]`.
+    /// first (longest processing time first, Graham 1969), never twice to one device. That is a
+    /// good placement, not always the best one, and not EPLB's: [`super::rebalance`] gives each
+    /// device the same number of slots and may put two copies on one. `loads` is
+    /// `[layers][experts]`.
     ///
     /// # Errors
     /// [`ParallelError::NoRoom`] if the devices have fewer slots than there are experts.
@@ -115,6 +117,11 @@ impl Placement {
             Owners::new(n_experts, spread(load, ranks, wanted, usable))
         };
         Ok(Self { layers: loads.iter().map(layer).collect::<Result<_, _>>()? })
+    }
+
+    /// Changes the owners of one layer.
+    pub fn set(&mut self, layer: usize, owners: Owners) {
+        self.layers[layer] = owners;
     }
 
     /// Owners by layer that has experts.

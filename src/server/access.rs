@@ -14,7 +14,7 @@ use axum::{
 };
 use subtle::{Choice, ConstantTimeEq};
 
-use super::{ApiError, App, unix_seconds};
+use super::{ApiError, App, socket::MAX_HEADER_BYTES, unix_seconds};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -46,6 +46,12 @@ pub(super) async fn control(State(app): State<Arc<App>>, request: Request, next:
 
 fn check(app: &App, request: &Request, preflight: bool) -> Result<(), ApiError> {
     let headers = request.headers();
+    // hyper bounds what it reads at a time, which may be a little more.
+    let lines = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4);
+    if lines.sum::<usize>() > MAX_HEADER_BYTES {
+        let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+        return Err(ApiError::new(status, super::socket::too_large()));
+    }
     if !allows_host(app, headers) {
         let message = "this host name is not allowed; use localhost, or add it to --allowed-hosts";
         return Err(ApiError::new(StatusCode::FORBIDDEN, message));

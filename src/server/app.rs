@@ -14,8 +14,8 @@ use axum::{
 };
 
 use super::{
-    ApiError, App, access, chat_completions, completions, experts, fields::Fields, models, openapi,
-    status, tokenize,
+    ApiError, App, access, admin, chat_completions, completions, experts, fields::Fields, models,
+    openapi, status, tokenize,
 };
 
 /// Method and path of every endpoint; the OpenAPI document lists the same.
@@ -31,10 +31,12 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("get", "/ping"),
     ("get", "/ready"),
     ("get", "/version"),
+    ("get", "/info"),
     ("get", "/metrics"),
     ("get", "/load"),
     ("get", "/openapi.json"),
     ("get", "/moe/stats"),
+    ("post", "/admin/experts"),
 ];
 
 /// The whole server without its socket.
@@ -53,10 +55,12 @@ pub fn app(state: Arc<App>) -> Router {
         .route("/ping", get(status::ping))
         .route("/ready", get(status::health))
         .route("/version", get(status::version))
+        .route("/info", get(status::info))
         .route("/metrics", get(status::metrics))
         .route("/load", get(status::load))
         .route("/openapi.json", get(openapi::document))
         .route("/moe/stats", get(experts::stats))
+        .route("/admin/experts", post(admin::replace_experts))
         .fallback(async || {
             ApiError::new(StatusCode::NOT_FOUND, "there is no such path; see /openapi.json")
         })

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use axum::{Json, extract::State};
 use serde_json::{Value, json};
 
-use crate::engine::{EngineStats, ExpertStats};
+use crate::{
+    engine::{EngineStats, ExpertStats},
+    parallel::Owners,
+};
 
 use super::{
     App,
@@ -38,6 +41,21 @@ fn imbalance(experts: &ExpertStats) -> f64 {
     if ratios.is_empty() { 1.0 } else { ratios.iter().sum::<f64>() / ratios.len() as f64 }
 }
 
+/// Bytes that are allocated and hold nothing, over those that are allocated.
+fn fragmentation(stats: &EngineStats) -> [(&'static str, f64); 3] {
+    let kv = stats.kv_blocks_used as f64 * stats.kv_block_bytes as f64;
+    let position = stats.kv_block_bytes as f64 / stats.block_size.max(1) as f64;
+    let kv_empty = stats.kv_positions_empty as f64 * position;
+    let experts = stats.expert_bytes as f64;
+    let padding = experts - stats.expert_bytes_used as f64;
+    let share = |empty: f64, allocated: f64| if allocated > 0.0 { empty / allocated } else { 0.0 };
+    [
+        ("all", share(kv_empty + padding, kv + experts)),
+        ("kv_cache", share(kv_empty, kv)),
+        ("experts", share(padding, experts)),
+    ]
+}
+
 /// Adds the experts' metrics to a page.
 pub(super) fn metrics(page: &mut Page, stats: &EngineStats, per_expert: bool) {
     let experts = &stats.experts;
@@ -51,10 +69,11 @@ pub(super) fn metrics(page: &mut Page, stats: &EngineStats, per_expert: bool) {
     page.gauge("vllm_moe_routing_latency_ms", help, stats.routing_ms.unwrap_or(0.0));
     let help = "Largest expert load over the mean, averaged over layers.";
     page.gauge("vllm_moe_token_imbalance", help, imbalance(experts));
-    let positions = (stats.kv_blocks_used * stats.block_size).max(1) as f64;
-    let help = "Share of the positions in owned KV cache blocks that hold nothing.";
-    let empty = stats.kv_positions_empty as f64 / positions;
-    page.gauge("vllm_moe_memory_fragmentation", help, empty);
+    let help = "Allocated minus used over allocated: owned KV cache blocks, and expert banks.";
+    let shares = fragmentation(stats).map(|(of, share)| (label("of", of), share));
+    page.series("vllm_moe_memory_fragmentation", "gauge", help, shares);
+    let help = "Bytes of all buffers on the device.";
+    page.gauge("vllm_moe_device_bytes", help, stats.device_bytes as f64);
     exchange_metrics(page, stats);
     if per_expert && experts.n_experts > 0 {
         let series = experts.tokens.iter().enumerate().map(|(i, &tokens)| {
@@ -80,6 +99,22 @@ fn exchange_metrics(page: &mut Page, stats: &EngineStats) {
             page.counter(&format!("vllm_moe_{name}_total"), help, value);
         }
     }
+    if let Some(eplb) = &stats.eplb {
+        let help = "Mean over largest load of a device in the last window, 0 to 1.";
+        page.gauge("vllm_moe_balancedness", help, eplb.balancedness);
+        let when = |name, value| (label("when", name), value);
+        let moves = eplb.last_move.map(|(before, after)| [("before", before), ("after", after)]);
+        let moves = moves.into_iter().flatten().map(|(name, value)| when(name, value));
+        let help = "Balancedness that made experts move last, and that the move promised.";
+        page.series("vllm_moe_eplb_balancedness", "gauge", help, moves);
+        for (name, help, value) in [
+            ("rebalances", "Times that experts were moved.", eplb.rebalances),
+            ("experts_moved", "Experts written to a place.", eplb.experts_moved),
+            ("bytes_moved", "Bytes of experts written to a place.", eplb.bytes_moved),
+        ] {
+            page.counter(&format!("vllm_moe_eplb_{name}_total"), help, value);
+        }
+    }
     let Some(cache) = &stats.expert_cache else { return };
     for (name, help, value) in [
         ("hits", "Chosen experts that were on the device, by layer and step.", cache.hits),
@@ -99,6 +134,12 @@ fn exchange_metrics(page: &mut Page, stats: &EngineStats) {
     page.gauge("vllm_moe_expert_cache_resident_ratio", help, share);
 }
 
+/// The devices that hold each expert of a layer.
+fn devices(owners: &Owners) -> Vec<Vec<usize>> {
+    let of = |expert| owners.places(expert).map(|(device, _)| device).collect();
+    (0..owners.n_experts()).map(of).collect()
+}
+
 /// `GET /moe/stats`: counts since the start, one row of experts for each layer that has some.
 pub(super) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
     let stats = app.engine.stats();
@@ -106,10 +147,13 @@ pub(super) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
     let rows = experts.tokens.chunks(experts.n_experts.max(1));
     let layers: Vec<Value> = rows
         .zip(&experts.layers)
-        .map(|(tokens, layer)| {
+        .enumerate()
+        .map(|(i, (tokens, layer))| {
+            let owners = stats.owners.as_ref().and_then(|owners| owners.get(i));
             json!({
                 "layer": layer.layer,
                 "tokens": tokens,
+                "devices": owners.map(devices),
                 "slots_used": layer.slots_used,
                 "slots": layer.slots,
                 "active_experts": layer.active,

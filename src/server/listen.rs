@@ -1,13 +1,7 @@
 //! The socket: accepts connections, bounds their number and their time, and drains them when
 //! asked to stop. `axum::serve` has neither header timeouts nor a limit on silent readers.
 
-use std::{
-    io,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{io, sync::Arc, time::Duration};
 
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -15,17 +9,16 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
-    time::{Instant, Sleep, sleep, timeout},
+    time::{sleep, timeout},
 };
 
-use super::{ApiError, App, app};
+use super::{
+    ApiError, App, app,
+    socket::{MAX_HEADER_BYTES, MAX_HEADERS, Socket},
+};
 
-/// Largest header of a request, bytes, and most lines of one.
-const MAX_HEADER_BYTES: usize = 64 << 10;
-const MAX_HEADERS: usize = 128;
 /// Time for the last bytes after all requests have ended.
 const CLOSING: Duration = Duration::from_secs(2);
 
@@ -72,7 +65,7 @@ pub async fn listen(
                 continue;
             }
         };
-        let io = TokioIo::new(Patient::new(socket, state.config.write_timeout));
+        let io = TokioIo::new(Socket::new(socket, state.config.write_timeout));
         let connection = builder.serve_connection(io, service.clone()).into_owned();
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
@@ -113,80 +106,7 @@ async fn no_requests(state: &App) {
 }
 
 async fn engine_death(state: &App) {
-    while !state.engine.is_dead() {
+    while state.engine.death().is_none() {
         sleep(Duration::from_millis(500)).await;
-    }
-}
-
-/// A socket that fails when its reader takes nothing for too long.
-struct Patient {
-    socket: TcpStream,
-    limit: Duration,
-    /// Runs while a write waits.
-    patience: Pin<Box<Sleep>>,
-    waiting: bool,
-}
-
-impl Patient {
-    fn new(socket: TcpStream, limit: Duration) -> Self {
-        Self { socket, limit, patience: Box::pin(sleep(limit)), waiting: false }
-    }
-
-    fn watch<T>(&mut self, cx: &mut Context<'_>, poll: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        if poll.is_ready() {
-            self.waiting = false;
-            return poll;
-        }
-        if !std::mem::replace(&mut self.waiting, true) {
-            self.patience.as_mut().reset(Instant::now() + self.limit);
-        }
-        match self.patience.as_mut().poll(cx) {
-            Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
-            Poll::Pending => Poll::Pending,
-        }
-    }
-}
-
-impl AsyncRead for Patient {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Patient {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let poll = Pin::new(&mut self.socket).poll_write(cx, buf);
-        self.watch(cx, poll)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let poll = Pin::new(&mut self.socket).poll_flush(cx);
-        self.watch(cx, poll)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let poll = Pin::new(&mut self.socket).poll_shutdown(cx);
-        self.watch(cx, poll)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let poll = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
-        self.watch(cx, poll)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.socket.is_write_vectored()
     }
 }

@@ -11,6 +11,7 @@ use crate::engine::EngineStats;
 
 use super::{
     experts,
+    failure::Cause,
     histogram::{Histogram, Page, label},
 };
 
@@ -89,6 +90,7 @@ impl RequestTimes {
 struct Recorded {
     histograms: BTreeMap<&'static str, (&'static str, Histogram)>,
     finished: BTreeMap<&'static str, u64>,
+    device_failures: BTreeMap<&'static str, u64>,
 }
 
 /// Everything that `/metrics` shows and the engine does not count itself.
@@ -123,7 +125,8 @@ impl Metrics {
         }
         // A series exists from the start, so that rates see its first increase.
         let finished = ["stop", "length", "abort", "error"].map(|reason| (reason, 0));
-        let recorded = Recorded { histograms, finished: finished.into() };
+        let device_failures = Cause::LABELS.map(|cause| (cause, 0)).into();
+        let recorded = Recorded { histograms, finished: finished.into(), device_failures };
         Self { info, recorded: Mutex::new(recorded) }
     }
 
@@ -134,6 +137,11 @@ impl Metrics {
 
     fn record(&self, change: impl FnOnce(&mut Recorded)) {
         change(&mut self.recorded.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// An engine was given up.
+    pub(super) fn device_failed(&self, cause: &'static str) {
+        self.record(|r| *r.device_failures.entry(cause).or_default() += 1);
     }
 
     /// A step has run between two snapshots.
@@ -201,6 +209,13 @@ impl Metrics {
             "counter",
             "Finished requests by reason.",
             finished.map(|(reason, &n)| (label("finished_reason", reason), n as f64)),
+        );
+        let failures = recorded.device_failures.iter();
+        page.series(
+            "vllm_moe_device_failures_total",
+            "counter",
+            "Times that the device failed and the model was loaded again.",
+            failures.map(|(cause, &n)| (label("cause", cause), n as f64)),
         );
         for (name, (help, histogram)) in &recorded.histograms {
             page.histogram(&format!("vllm:{name}"), help, histogram);

@@ -3,11 +3,13 @@
 //! Nothing here knows tensors or schedules.
 
 mod access;
+mod admin;
 mod app;
 mod chat_completions;
 mod completions;
 mod error;
 mod experts;
+mod failure;
 mod fields;
 mod generation;
 mod grammar;
@@ -17,6 +19,7 @@ mod metrics;
 mod models;
 mod openapi;
 mod sampling;
+mod socket;
 mod sse;
 mod status;
 mod tokenize;
@@ -24,6 +27,7 @@ mod tools;
 mod worker;
 
 use std::{
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -35,11 +39,13 @@ use crate::{
     Result,
     engine::SamplingParams,
     llm::{GrammarCompiler, Llm, tool_format},
+    model::{ModelSpec, Precision},
     text::{ChatTemplate, Tokenizer, ToolFormat},
 };
 
 pub use app::{ROUTES, app};
 pub use error::ApiError;
+pub use failure::Death;
 pub use listen::listen;
 pub use metrics::{Metrics, MetricsInfo};
 pub use worker::{Build, EngineHandle};
@@ -79,6 +85,8 @@ pub struct ServerConfig {
     pub keep_alive: Duration,
     /// Silence of the engine's thread after which `/health` fails.
     pub stall_timeout: Duration,
+    /// Time in which `/health?deep=1` must see a token.
+    pub deep_timeout: Duration,
     /// Time for open requests to end after a signal.
     pub shutdown_timeout: Duration,
     /// Whether the engine shares prefixes; shown in `/metrics`.
@@ -89,6 +97,8 @@ pub struct ServerConfig {
     pub tool_format: Option<ToolFormat>,
     /// `/metrics` shows each expert of each layer.
     pub per_expert_metrics: bool,
+    /// Folder of safetensors files that `POST /admin/experts` may load; it is off if absent.
+    pub expert_dir: Option<PathBuf>,
 }
 
 impl Default for ServerConfig {
@@ -108,11 +118,13 @@ impl Default for ServerConfig {
             write_timeout: Duration::from_secs(30),
             keep_alive: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),
+            deep_timeout: Duration::from_secs(10),
             shutdown_timeout: Duration::from_secs(30),
             prefix_caching: true,
             priorities: false,
             tool_format: None,
             per_expert_metrics: false,
+            expert_dir: None,
         }
     }
 }
@@ -134,10 +146,16 @@ pub struct App {
     /// None without a tokenizer.
     grammars: Option<GrammarCompiler>,
     defaults: SamplingParams,
+    spec: ModelSpec,
+    precision: Precision,
     vocab_size: usize,
     max_model_len: usize,
     created: u64,
     draining: AtomicBool,
+    /// What `/info` says.
+    info: serde_json::Value,
+    /// When a deep look at the health last ended well; held while one is under way.
+    proven: tokio::sync::Mutex<Option<std::time::Instant>>,
 }
 
 impl App {
@@ -148,7 +166,9 @@ impl App {
     pub fn start(mut open: Open, config: ServerConfig) -> Result<Arc<Self>> {
         let mut llm = open()?;
         let max_model_len = llm.engine.max_model_len();
-        let vocab_size = llm.engine.runner().model().spec.vocab_size;
+        let model = llm.engine.runner().model();
+        let (spec, precision) = (model.spec.clone(), model.precision);
+        let vocab_size = spec.vocab_size;
         let grammars = match llm.tokenizer {
             Some(_) => Some(llm.grammar_compiler()?),
             None => None,
@@ -162,6 +182,7 @@ impl App {
             prefix_caching: config.prefix_caching,
             per_expert: config.per_expert_metrics,
         }));
+        let info = status::info_of(&mut llm.engine, &config, tool_format);
         let mut first = Some(llm.engine);
         let build: Build = Box::new(move || match first.take() {
             Some(engine) => Ok(engine),
@@ -178,10 +199,14 @@ impl App {
             template_shows_tools,
             grammars,
             defaults: llm.defaults,
+            spec,
+            precision,
             vocab_size,
             max_model_len,
             created: unix_seconds(),
             draining: AtomicBool::new(false),
+            info,
+            proven: tokio::sync::Mutex::default(),
         }))
     }
 

@@ -4,9 +4,8 @@
 
 use std::{
     collections::HashMap,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         mpsc,
     },
@@ -18,19 +17,26 @@ use tokio::sync::{mpsc as tasks, oneshot};
 
 use crate::{
     Result,
-    engine::{Engine, EngineError, EngineStats, FinishReason, Output, Request, RequestId},
+    engine::{
+        Engine, EngineError, EngineStats, FinishReason, Output, Request, RequestId, SamplingParams,
+    },
+    parallel::PackedExpert,
 };
 
 use super::{
     ApiError,
+    failure::{Cause, Death, attempt},
     metrics::{Metrics, Phase, RequestTimes},
 };
 
 /// Makes the engine, at the start and again after the device was lost.
 pub type Build = Box<dyn FnMut() -> Result<Engine> + Send>;
 
-/// Engines in a row that may fail before the worker gives up.
+/// Attempts to load the model again, and engines in a row that may fail without having finished a
+/// request, before the worker gives up.
 const MAX_REBUILDS: u32 = 3;
+/// Silence of a worker that will not speak again: drivers can hang where no time limit reaches.
+const HUNG: Duration = Duration::from_secs(300);
 /// How often an idle worker shows that it is alive.
 const IDLE_TICK: Duration = Duration::from_millis(500);
 /// Statistics are copied at most this often while the engine is busy.
@@ -75,6 +81,8 @@ enum Command {
     End(u64, Option<usize>, Ending),
     /// Fails everything with this error, as at the end of a drain.
     FailAll(ApiError),
+    /// Replaces experts before the next step, and says how that went.
+    Replace(Vec<PackedExpert>, oneshot::Sender<Result<(), ApiError>>),
 }
 
 /// What the worker shows to everybody.
@@ -84,7 +92,7 @@ struct Shared {
     started: Instant,
     /// Milliseconds after `started` when the worker was last seen.
     heartbeat: AtomicU64,
-    dead: AtomicBool,
+    death: OnceLock<Death>,
     /// The engine is being made again.
     rebuilding: AtomicBool,
     /// Jobs that exist, waiting to be parsed or running.
@@ -110,7 +118,7 @@ impl EngineHandle {
             stats: Mutex::default(),
             started: Instant::now(),
             heartbeat: AtomicU64::new(0),
-            dead: AtomicBool::new(false),
+            death: OnceLock::new(),
             rebuilding: AtomicBool::new(false),
             jobs: AtomicUsize::new(0),
             max_jobs,
@@ -124,6 +132,7 @@ impl EngineHandle {
             inbox,
             build,
             live: HashMap::new(),
+            fruitless: 0,
             published: Instant::now(),
             last: EngineStats::default(),
         };
@@ -134,11 +143,11 @@ impl EngineHandle {
 
     /// Admits a job if the queue has room.
     pub(super) fn admit(&self) -> Result<Admission, ApiError> {
-        if self.shared.dead.load(Ordering::Relaxed) {
+        if self.death().is_some() {
             return Err(ApiError::unavailable("the engine has stopped; the server is restarting"));
         }
-        if self.shared.rebuilding.load(Ordering::Relaxed) {
-            return Err(ApiError::unavailable("the device was lost; the model is loading again"));
+        if self.is_rebuilding() {
+            return Err(ApiError::unavailable("the device failed; the model is loading again"));
         }
         let jobs = self.shared.jobs.fetch_add(1, Ordering::Relaxed);
         let admission = Admission(self.clone());
@@ -153,6 +162,14 @@ impl EngineHandle {
         let id = self.shared.next_job.fetch_add(1, Ordering::Relaxed);
         let _ = self.commands.send(Command::Submit(id, Box::new(job)));
         Ticket { handle: self.clone(), id }
+    }
+
+    /// Replaces experts before the next step: all or none.
+    pub(super) async fn replace_experts(&self, new: Vec<PackedExpert>) -> Result<(), ApiError> {
+        let (done, answer) = oneshot::channel();
+        let _ = self.commands.send(Command::Replace(new, done));
+        let gone = |_| ApiError::unavailable("the engine has stopped; the server is restarting");
+        answer.await.map_err(gone)?
     }
 
     /// Fails all requests.
@@ -170,17 +187,47 @@ impl EngineHandle {
         self.shared.jobs.load(Ordering::Relaxed)
     }
 
-    /// Whether the worker has given up for good.
-    pub fn is_dead(&self) -> bool {
-        self.shared.dead.load(Ordering::Relaxed)
+    /// Why the worker has given up for good, if it has.
+    pub fn death(&self) -> Option<Death> {
+        let hangs = self.silence() > HUNG && !self.is_rebuilding();
+        self.shared.death.get().copied().or(hangs.then_some(Death::DeviceLost))
     }
 
     /// Whether a token can be produced now: the engine exists and its thread was seen within
     /// `stall`.
     pub fn is_healthy(&self, stall: Duration) -> bool {
+        self.death().is_none() && !self.is_rebuilding() && self.silence() < stall
+    }
+
+    /// Whether a token is produced within `limit`: this asks for one, and any request's counts.
+    pub(super) async fn prove(&self, limit: Duration) -> bool {
+        let before = self.stats().generated_tokens;
+        let params = SamplingParams { max_tokens: Some(1), ..SamplingParams::greedy() };
+        let _ticket = self.submit(Job {
+            request: Request::new(vec![0], params),
+            n: 1,
+            first_choice: 0,
+            arrived: Instant::now(),
+            events: tasks::unbounded_channel().0,
+            accepted: oneshot::channel().0,
+            param: "prompt",
+        });
+        let produced = async {
+            while self.stats().generated_tokens == before {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(limit, produced).await.is_ok()
+    }
+
+    fn is_rebuilding(&self) -> bool {
+        self.shared.rebuilding.load(Ordering::Relaxed)
+    }
+
+    /// Time since the worker was last seen.
+    fn silence(&self) -> Duration {
         let seen = Duration::from_millis(self.shared.heartbeat.load(Ordering::Relaxed));
-        let silent = self.shared.started.elapsed().saturating_sub(seen);
-        !self.is_dead() && !self.shared.rebuilding.load(Ordering::Relaxed) && silent < stall
+        self.shared.started.elapsed().saturating_sub(seen)
     }
 }
 
@@ -233,6 +280,8 @@ struct Worker {
     inbox: mpsc::Receiver<Command>,
     build: Build,
     live: HashMap<RequestId, Live>,
+    /// Engines in a row that failed without having finished a request.
+    fruitless: u32,
     published: Instant,
     last: EngineStats,
 }
@@ -240,60 +289,65 @@ struct Worker {
 impl Worker {
     /// Until the last handle is gone or the engine cannot be made again.
     fn run(&mut self, mut engine: Engine) {
-        while self.serve(&mut engine) {
-            let gone = ApiError::unavailable("the device failed; the model is loading again");
-            self.fail_all(&gone);
+        let death = loop {
+            let Err(cause) = self.serve(&mut engine) else { return };
             self.shared.rebuilding.store(true, Ordering::Relaxed);
+            self.metrics.device_failed(cause.label());
+            self.fail_all(&cause.answer());
+            self.fruitless += 1;
+            if cause == Cause::Hang {
+                // Giving its memory back would wait for the device.
+                std::mem::forget(engine);
+                break cause.death();
+            }
             // The old device's memory must be free before the new one asks for as much.
             drop(engine);
+            if self.fruitless > MAX_REBUILDS {
+                break cause.death();
+            }
             match self.rebuild() {
-                Some(new) => engine = new,
-                None => break,
+                Ok(new) => engine = new,
+                Err(cause) => break cause.death(),
             }
+            self.alive();
             self.shared.rebuilding.store(false, Ordering::Relaxed);
-        }
-        self.shared.dead.store(true, Ordering::Relaxed);
-        self.fail_all(&ApiError::unavailable("the engine has stopped"));
+        };
+        let _ = self.shared.death.set(death);
+        self.fail_all(&ApiError::unavailable("the engine has stopped; the server is restarting"));
     }
 
-    fn rebuild(&mut self) -> Option<Engine> {
-        for attempt in 1..=MAX_REBUILDS {
-            match catch_unwind(AssertUnwindSafe(|| (self.build)())) {
-                Ok(Ok(engine)) => return Some(engine),
-                Ok(Err(error)) => eprintln!("error: the model cannot be loaded again: {error}"),
-                Err(_) => eprintln!("error: loading the model again panicked"),
-            }
-            thread::sleep(Duration::from_secs(u64::from(attempt)));
-        }
-        None
-    }
-
-    /// Steps until the handles are gone (false) or the engine has failed (true).
-    fn serve(&mut self, engine: &mut Engine) -> bool {
+    fn rebuild(&mut self) -> Result<Engine, Cause> {
+        let mut attempts = 0;
         loop {
-            if !self.take_commands(engine) {
-                return false;
+            attempts += 1;
+            match attempt("loading the model again", &mut self.build) {
+                Err(cause) if attempts == MAX_REBUILDS => return Err(cause),
+                Err(_) => thread::sleep(Duration::from_secs(u64::from(attempts))),
+                engine => return engine,
             }
-            let alive = self.shared.started.elapsed().as_millis() as u64;
-            self.shared.heartbeat.store(alive, Ordering::Relaxed);
+        }
+    }
+
+    /// Steps until the handles are gone, or the engine has failed.
+    fn serve(&mut self, engine: &mut Engine) -> Result<(), Cause> {
+        while self.take_commands(engine) {
+            self.alive();
             if engine.is_busy() {
-                let step = catch_unwind(AssertUnwindSafe(|| engine.step()));
-                match step {
-                    Ok(Ok(outputs)) => self.deliver(engine, outputs),
-                    Ok(Err(error)) => {
-                        eprintln!("error: a step failed: {error}");
-                        return true;
-                    }
-                    Err(_) => {
-                        eprintln!("error: a step panicked");
-                        return true;
-                    }
-                }
+                let outputs = attempt("a step", || engine.step())?;
+                self.deliver(engine, outputs);
+            } else {
+                attempt("a look at the idle device", || engine.probe())?;
             }
             if !engine.is_busy() || self.published.elapsed() > STATS_INTERVAL {
                 self.publish(engine);
             }
         }
+        Ok(())
+    }
+
+    fn alive(&self) {
+        let now = self.shared.started.elapsed().as_millis() as u64;
+        self.shared.heartbeat.store(now, Ordering::Relaxed);
     }
 
     /// Handles what has arrived; waits for something if the engine has nothing to do. False when
@@ -326,6 +380,13 @@ impl Worker {
                         self.metrics.finished(&live.times, reason);
                     }
                 }
+            }
+            Command::Replace(new, done) => {
+                let replaced = engine.replace_experts(&new).map_err(|error| {
+                    eprintln!("error: experts were not replaced: {error}");
+                    ApiError::unavailable("the device failed; the experts are the old ones")
+                });
+                let _ = done.send(replaced);
             }
             Command::FailAll(error) => {
                 for &id in self.live.keys() {
@@ -377,6 +438,7 @@ impl Worker {
                 (finished, finished.and_then(|_| self.live.remove(&id)))
             {
                 self.metrics.finished(&live.times, finish_name(reason));
+                self.fruitless = 0;
             }
         }
     }

@@ -82,11 +82,28 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// A single safetensors file that is in memory; `name` is what errors call it.
+    ///
+    /// # Errors
+    /// Those of [`Header::parse`].
+    pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Self, WeightsError> {
+        let dir = PathBuf::from(name);
+        let mut checkpoint = Self { dir: dir.clone(), shards: Vec::new(), places: BTreeMap::new() };
+        checkpoint.add_file(dir, Box::new(bytes))?;
+        Ok(checkpoint)
+    }
+
     /// Opens a file, checks its header and takes in its tensors; false where it is absent.
     fn add_shard(&mut self, files: &dyn Files, name: &str) -> Result<bool, WeightsError> {
         let path = self.dir.join(name);
         let io = |cause| WeightsError::Io { path: path.clone(), cause };
         let Some(bytes) = files.open(name).map_err(io)? else { return Ok(false) };
+        self.add_file(path, bytes)?;
+        Ok(true)
+    }
+
+    fn add_file(&mut self, path: PathBuf, bytes: Box<dyn FileBytes>) -> Result<(), WeightsError> {
+        let io = |cause| WeightsError::Io { path: path.clone(), cause };
         let n_bytes = bytes.n_bytes();
         let start = bytes.read(0..Header::n_bytes(&*bytes).map_err(io)?).map_err(io)?;
         let header = Header::parse(&path, &start, n_bytes)?;
@@ -101,7 +118,7 @@ impl Checkpoint {
             }
         }
         self.shards.push(Shard { header, bytes });
-        Ok(true)
+        Ok(())
     }
 }
 

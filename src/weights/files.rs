@@ -41,6 +41,22 @@ pub fn read_bounded(files: &dyn Files, name: &str, limit: u64) -> io::Result<Opt
     Ok(Some(file.read(0..file.n_bytes())?.into_owned()))
 }
 
+impl FileBytes for Vec<u8> {
+    fn n_bytes(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn read(&self, range: Range<u64>) -> io::Result<Cow<'_, [u8]>> {
+        part(self, range)
+    }
+}
+
+fn part(bytes: &[u8], range: Range<u64>) -> io::Result<Cow<'_, [u8]>> {
+    let inside = usize::try_from(range.start).ok().zip(usize::try_from(range.end).ok());
+    let part = inside.and_then(|(start, end)| bytes.get(start..end));
+    part.map(Cow::Borrowed).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
 /// A directory whose files are mapped.
 #[cfg(not(target_arch = "wasm32"))]
 #[derive(Debug, Clone)]
@@ -77,8 +93,6 @@ impl FileBytes for Mapped {
     }
 
     fn read(&self, range: Range<u64>) -> io::Result<Cow<'_, [u8]>> {
-        let inside = usize::try_from(range.start).ok().zip(usize::try_from(range.end).ok());
-        let part = inside.and_then(|(start, end)| self.0.get(start..end));
-        part.map(Cow::Borrowed).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+        part(&self.0, range)
     }
 }

@@ -241,7 +241,8 @@ def completions():
     stream = client.completions.create(
         model=MODEL, prompt="Once upon a time", temperature=0, max_tokens=12, stream=True
     )
-    assert "".join(checked(c).choices[0].text for c in stream) == answer.choices[0].text
+    # Not checked: a chunk's finish_reason is null before the end, which the types do not know.
+    assert "".join(chunk.choices[0].text for chunk in stream) == answer.choices[0].text
 
 
 def errors():
