@@ -36,6 +36,16 @@ async fn the_document_draws_the_line_where_the_server_does() {
 }
 
 #[tokio::test]
+async fn a_deep_look_at_the_health_is_asked_for_in_one_way() {
+    for query in ["", "?deep=0", "?deep=1", "?deep=true", "?x=2&deep=1"] {
+        assert_eq!(get(&SHARED, &format!("/health{query}")).await.0, 200, "{query}");
+    }
+    for query in ["?deep", "?deep=", "?deep=2", "?deep=1&deep=1"] {
+        check_error(400, Some("deep"), &get(&SHARED, &format!("/ready{query}")).await);
+    }
+}
+
+#[tokio::test]
 async fn every_documented_path_is_served_and_every_served_path_documented() {
     let (_, _, text) = get(&SHARED, "/openapi.json").await;
     let document: Value = serde_json::from_str(&text).unwrap();

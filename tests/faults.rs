@@ -12,10 +12,11 @@ use moewe::{
     device::{DeviceError, Fault, Faults},
     engine::{Request, SamplingParams},
     llm::{Llm, LlmOptions, PlannedLlm},
-    server::{App, Death, ServerConfig},
+    server::{App, Death, ServerConfig, listen},
     weights::WeightFormat,
 };
 use serde_json::{Value, json};
+use tokio::net::TcpListener;
 
 use crate::{
     checkpoints::{GPU, golden, gull, options},
@@ -131,9 +132,14 @@ async fn a_model_that_does_not_fit_again_ends_the_engine() {
         faults.inject(Fault::OutOfMemory, 5);
         Ok(())
     });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let never = std::future::pending;
+    let server = tokio::spawn(listen(listener, app.clone(), never(), never()));
     fail(&device, Fault::Lost);
     until("the engine is dead", || app.engine.death().is_some()).await;
     assert_eq!(app.engine.death(), Some(Death::OutOfMemory));
+    let ended = tokio::time::timeout(Duration::from_secs(5), server).await;
+    ended.expect("the server ends with its engine").unwrap().unwrap();
     check_error(503, None, &get(&app, "/health").await);
     check_error(503, None, &post(&app, CHAT, &hello(json!({}))).await);
     assert_eq!(get(&app, "/ping").await.0, 200);

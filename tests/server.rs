@@ -160,6 +160,8 @@ async fn a_wrong_field_is_a_400_that_names_it() {
         ("logit_bias", json!({"99999999": 1})),
         ("logit_bias", json!({"x": 1})),
         ("allowed_token_ids", json!([])),
+        ("allowed_token_ids", json!([4096])),
+        ("stop_token_ids", json!([4096])),
         ("top_logprobs", json!(21)),
         ("top_logprobs", json!(2)),
         ("chat_template", json!("{{ x }}")),

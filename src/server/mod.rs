@@ -228,6 +228,12 @@ impl App {
         self.tokenizer.as_ref().ok_or_else(error::no_tokenizer)
     }
 
+    /// One more than the last token id that requests may name.
+    fn n_token_ids(&self) -> usize {
+        let known = self.tokenizer.as_ref().map(|tokenizer| tokenizer.vocab_size());
+        known.unwrap_or(usize::MAX).min(self.vocab_size)
+    }
+
     /// Admits a request, unless the server drains or is full.
     fn admit(&self) -> Result<worker::Admission, ApiError> {
         if self.is_draining() {

@@ -13,9 +13,8 @@ pub(super) async fn document(State(app): State<Arc<App>>) -> Json<Value> {
     // The file is part of the binary, and a test parses it.
     let mut document: Value =
         serde_json::from_str(include_str!("../../docs/openapi.json")).unwrap_or_default();
-    let known = app.tokenizer.as_ref().map_or(app.vocab_size, |tokenizer| tokenizer.vocab_size());
     let schemas = &mut document["components"]["schemas"];
-    schemas["TokenId"]["maximum"] = json!(known.min(app.vocab_size).saturating_sub(1));
+    schemas["TokenId"]["maximum"] = json!(app.n_token_ids().saturating_sub(1));
     schemas["NewTokens"]["maximum"] = json!(app.max_model_len.saturating_sub(1));
     if !app.config.priorities {
         schemas["Priority"] = json!({"type": "integer", "minimum": 0, "maximum": 0});

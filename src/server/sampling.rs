@@ -129,8 +129,13 @@ fn read_params(app: &App, fields: &mut Fields) -> Result<SamplingParams, ApiErro
     let max_tokens = fields.int("max_tokens", 1..=i64::MAX)?.or(newer);
     let longest = usize::try_from(context).unwrap_or(usize::MAX);
     let top_k = fields.int("top_k", -1..=u32::MAX.into())?;
-    let mut stop_token_ids = fields.ids("stop_token_ids", 64)?.unwrap_or_default();
+    let mut stop_token_ids = read_ids(app, fields, "stop_token_ids", 64)?.unwrap_or_default();
     stop_token_ids.extend(&defaults.stop_token_ids);
+    let allowed_token_ids = read_ids(app, fields, "allowed_token_ids", app.vocab_size)?;
+    if allowed_token_ids.as_ref().is_some_and(Vec::is_empty) {
+        let name = "allowed_token_ids";
+        return Err(ApiError::field(name, "allowed_token_ids is empty; allow at least one"));
+    }
     Ok(SamplingParams {
         temperature: fields.float("temperature", 0.0..=100.0)?.unwrap_or(defaults.temperature),
         top_p: read_top_p(fields)?.unwrap_or(defaults.top_p),
@@ -154,7 +159,7 @@ fn read_params(app: &App, fields: &mut Fields) -> Result<SamplingParams, ApiErro
         stop_token_ids,
         min_tokens: fields.int("min_tokens", 0..=context)?.unwrap_or(0) as usize,
         logit_bias: read_logit_bias(app, fields)?,
-        allowed_token_ids: read_allowed(app, fields)?,
+        allowed_token_ids,
         bad_words: read_bad_words(app, fields)?,
         ..defaults
     })
@@ -205,16 +210,17 @@ fn read_logit_bias(app: &App, fields: &mut Fields) -> Result<Vec<(u32, f32)>, Ap
     })
 }
 
-fn read_allowed(app: &App, fields: &mut Fields) -> Result<Option<Vec<u32>>, ApiError> {
-    let name = "allowed_token_ids";
-    let ids = fields.ids(name, app.vocab_size)?;
-    let usable =
-        |ids: &Vec<u32>| !ids.is_empty() && ids.iter().all(|&id| (id as usize) < app.vocab_size);
-    match ids {
-        Some(ids) if !usable(&ids) => {
-            Err(ApiError::field(name, "allowed_token_ids must be ids of the vocabulary, not none"))
-        }
-        ids => Ok(ids),
+/// At most `max` ids of the vocabulary.
+fn read_ids(
+    app: &App,
+    fields: &mut Fields,
+    name: &'static str,
+    max: usize,
+) -> Result<Option<Vec<u32>>, ApiError> {
+    let (ids, n) = (fields.ids(name, max)?, app.n_token_ids());
+    match ids.iter().flatten().find(|&&id| id as usize >= n) {
+        Some(id) => Err(ApiError::field(name, format!("token id {id} is not below {n}"))),
+        None => Ok(ids),
     }
 }
 

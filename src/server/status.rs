@@ -32,8 +32,7 @@ pub(super) async fn health(
     if !app.engine.is_healthy(app.config.stall_timeout) {
         return Err(ApiError::unavailable("the engine does not answer"));
     }
-    let query = query.unwrap_or_default();
-    if query.split('&').any(|part| matches!(part, "deep" | "deep=1" | "deep=true")) {
+    if is_deep(&query.unwrap_or_default())? {
         let mut proven = app.proven.lock().await;
         if proven.is_none_or(|at| at.elapsed() > PROOF_COUNTS) {
             if !app.engine.prove(app.config.deep_timeout).await {
@@ -43,6 +42,19 @@ pub(super) async fn health(
         }
     }
     Ok(StatusCode::OK)
+}
+
+/// Whether a query says `deep=1`, and nothing else of the kind.
+fn is_deep(query: &str) -> Result<bool, ApiError> {
+    let mut values = query.split('&').filter_map(|part| match part.split_once('=') {
+        Some((name, value)) => (name == "deep").then_some(value),
+        None => (part == "deep").then_some(""),
+    });
+    match (values.next(), values.next()) {
+        (None, _) | (Some("0" | "false"), None) => Ok(false),
+        (Some("1" | "true"), None) => Ok(true),
+        _ => Err(ApiError::field("deep", "deep must be 1 or 0, once")),
+    }
 }
 
 /// `GET /info`: what is served, on what, within which limits.

@@ -4,8 +4,8 @@
     tests/clients/soak.py [--url http://127.0.0.1:8000] [--pid PID] [--requests 10000] [--kill 1000]
 
 Prints memory and cache use as JSON lines; exits with 1 if blocks or requests are left behind, a
-request fails, or memory grows by more than 2 % in the second half: plans for the shapes of steps are
-made in the first. Needs only Python.
+request fails, or memory grows by more than 2 % in the second half: the first makes the plans of
+all shapes of steps. Needs only Python.
 """
 
 import argparse
@@ -89,7 +89,8 @@ async def many(url: str, pid: int | None, n: int, concurrency: int, one) -> bool
                 break
             await asyncio.sleep(0.1)
         samples.append(now)
-        print(json.dumps({"what": one.__name__, "done": part.stop, "good": good, **now}), flush=True)
+        line = {"what": one.__name__, "done": part.stop, "good": good, **now}
+        print(json.dumps(line), flush=True)
     left = any(samples[-1][name] for name in WATCHED)
     half, last = samples[len(samples) // 2], samples[-1]
     grown = any(last[k] > 1.02 * half[k] for k in ("rss", "vllm_moe_device_bytes") if k in last)
