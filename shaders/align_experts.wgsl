@@ -1,15 +1,17 @@
 // Sorts (token, slot) entries by expert and pads each expert's segment to whole blocks (vLLM's
-// moe_align_block_size), stably: entries of one expert keep their order. Three steps: count the
-// entries of each chunk by expert; scan the counts; scatter. Few entries make one chunk, for
-// which one workgroup takes all the steps.
+// moe_align_block_size), stably: entries of one expert keep their order. Two steps: count each
+// workgroup's entries by expert; scatter them. Few entries are left to one workgroup, which takes
+// both steps.
 
 struct Params {
-    n_entries: u32,   // tokens * top_k; also the sentinel
+    n_entries: u32,      // tokens * top_k; also the sentinel
     n_experts: u32,
     block_size: u32,
-    n_chunks: u32,
-    n_sorted: u32,    // length of sorted_token_ids
-    n_blocks: u32,    // length of expert_ids
+    chunk: u32,          // entries at a time: n_experts times as many bits fit in `members`
+    group_entries: u32,  // entries of a workgroup, whole chunks
+    n_groups: u32,
+    n_sorted: u32,       // length of sorted_token_ids
+    n_blocks: u32,       // length of expert_ids
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -17,77 +19,66 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> sorted_token_ids: array<u32>;   // [n_sorted]
 @group(0) @binding(3) var<storage, read_write> expert_ids: array<i32>;         // [n_blocks]
 @group(0) @binding(4) var<storage, read_write> num_tokens_post_pad: array<u32>; // [1]
-// Entries by chunk and expert, then those in earlier chunks; and the start of each expert.
-@group(0) @binding(5) var<storage, read_write> scratch: array<u32>;  // [n_chunks + 1, n_experts]
+@group(0) @binding(5) var<storage, read_write> counts: array<u32>;  // [n_groups, n_experts]
 
 override COUNT: bool = true;
-override SCAN: bool = true;
 override SCATTER: bool = true;
 
 const THREADS: u32 = 256u;
-const CHUNK: u32 = 1024u;  // four consecutive entries a thread
-const NONE: u32 = 0xffffffffu;
 
-var<workgroup> chunk_experts: array<vec4<u32>, THREADS>;
-var<workgroup> expert_counts: array<atomic<u32>, 1024>;
+// Entries by expert, then the place of each expert's next one.
+var<workgroup> places: array<atomic<u32>, 1024>;
 var<workgroup> quad_totals: array<u32, THREADS>;
+// Which of a chunk's entries an expert has, 32 in a word. [n_experts, chunk / 32]
+var<workgroup> members: array<atomic<u32>, 2048>;
 
-// Experts of this thread's entries, NONE where there is none. Negative ids are large as u32.
-fn load_experts(chunk: u32, lid: u32) -> vec4<u32> {
-    var experts = vec4(NONE);
-    for (var c = 0u; c < 4u; c++) {
-        let entry = chunk * CHUNK + lid * 4u + c;
-        if (entry < p.n_entries) {
-            let expert = ids[entry];
-            experts[c] = select(NONE, expert, expert < p.n_experts);
-        }
-    }
-    return experts;
-}
-
-// Counts a chunk, and clears its share of the outputs.
-fn count(chunk: u32, lid: u32) {
-    let stride = p.n_chunks * THREADS;
-    for (var i = chunk * THREADS + lid; i < p.n_sorted; i += stride) {
+// Clears the workgroup's share of the outputs.
+fn clear(group: u32, lid: u32) {
+    let stride = p.n_groups * THREADS;
+    for (var i = group * THREADS + lid; i < p.n_sorted; i += stride) {
         sorted_token_ids[i] = p.n_entries;
     }
-    for (var i = chunk * THREADS + lid; i < p.n_blocks; i += stride) {
+    for (var i = group * THREADS + lid; i < p.n_blocks; i += stride) {
         expert_ids[i] = -1;
-    }
-    for (var e = lid; e < p.n_experts; e += THREADS) {
-        atomicStore(&expert_counts[e], 0u);
-    }
-    workgroupBarrier();
-    let experts = load_experts(chunk, lid);
-    for (var c = 0u; c < 4u; c++) {
-        if (experts[c] != NONE) {
-            atomicAdd(&expert_counts[experts[c]], 1u);
-        }
-    }
-    workgroupBarrier();
-    for (var e = lid; e < p.n_experts; e += THREADS) {
-        scratch[chunk * p.n_experts + e] = atomicLoad(&expert_counts[e]);
     }
 }
 
-// Replaces counts by sums over earlier chunks, and finds where each expert starts.
-fn scan(lid: u32) {
+fn count(group: u32, lid: u32) {
     for (var e = lid; e < p.n_experts; e += THREADS) {
-        var sum = 0u;
-        for (var chunk = 0u; chunk < p.n_chunks; chunk++) {
-            let at = chunk * p.n_experts + e;
-            let n = scratch[at];
-            scratch[at] = sum;
-            sum += n;
-        }
-        let padded = (sum + p.block_size - 1u) / p.block_size * p.block_size;
-        atomicStore(&expert_counts[e], padded);
+        atomicStore(&places[e], 0u);
     }
     workgroupBarrier();
+    let first = group * p.group_entries;
+    let end = min(first + p.group_entries, p.n_entries);
+    for (var i = first + lid; i < end; i += THREADS) {
+        // Negative ids are large as u32.
+        let expert = ids[i];
+        if (expert < p.n_experts) {
+            atomicAdd(&places[expert], 1u);
+        }
+    }
+    workgroupBarrier();
+}
+
+// Finds where each expert's entries of this workgroup begin: behind those of lower experts, padded,
+// and of earlier workgroups.
+fn scan(group: u32, lid: u32) {
     var padded = vec4(0u);
+    var earlier = vec4(0u);
     for (var c = 0u; c < 4u; c++) {
-        if (lid * 4u + c < p.n_experts) {
-            padded[c] = atomicLoad(&expert_counts[lid * 4u + c]);
+        let e = lid * 4u + c;
+        if (e < p.n_experts) {
+            var sum = 0u;
+            if (COUNT) {
+                sum = atomicLoad(&places[e]);
+            } else {
+                for (var g = 0u; g < p.n_groups; g++) {
+                    let n = counts[g * p.n_experts + e];
+                    sum += n;
+                    earlier[c] += select(0u, n, g < group);
+                }
+            }
+            padded[c] = (sum + p.block_size - 1u) / p.block_size * p.block_size;
         }
     }
     quad_totals[lid] = padded.x + padded.y + padded.z + padded.w;
@@ -98,54 +89,75 @@ fn scan(lid: u32) {
     }
     for (var c = 0u; c < 4u; c++) {
         if (lid * 4u + c < p.n_experts) {
-            scratch[p.n_chunks * p.n_experts + lid * 4u + c] = start;
+            atomicStore(&places[lid * 4u + c], start + earlier[c]);
         }
         start += padded[c];
     }
-    if (lid == THREADS - 1u) {
+    if (group == 0u && lid == THREADS - 1u) {
         num_tokens_post_pad[0] = start;
     }
 }
 
 // Writes a chunk's entries to their places. An entry that opens a block names its expert.
-fn scatter(chunk: u32, lid: u32) {
-    let experts = load_experts(chunk, lid);
-    chunk_experts[lid] = experts;
-    workgroupBarrier();
-    // Earlier entries of the same expert in this chunk.
-    var ranks = vec4(0u);
-    for (var t = 0u; t < lid; t++) {
-        let other = chunk_experts[t];
-        ranks += vec4<u32>(experts == other.xxxx) + vec4<u32>(experts == other.yyyy)
-            + vec4<u32>(experts == other.zzzz) + vec4<u32>(experts == other.wwww);
+fn scatter(first: u32, lid: u32) {
+    let words = p.chunk / 32u;
+    for (var i = lid; i < p.n_experts * words; i += THREADS) {
+        atomicStore(&members[i], 0u);
     }
-    ranks += vec4<u32>(experts == experts.xxxx) * vec4(0u, 1u, 1u, 1u)
-        + vec4<u32>(experts == experts.yyyy) * vec4(0u, 0u, 1u, 1u)
-        + vec4<u32>(experts == experts.zzzz) * vec4(0u, 0u, 0u, 1u);
-    for (var c = 0u; c < 4u; c++) {
-        let e = experts[c];
-        if (e != NONE) {
-            let start = scratch[p.n_chunks * p.n_experts + e];
-            let at = start + scratch[chunk * p.n_experts + e] + ranks[c];
-            sorted_token_ids[at] = chunk * CHUNK + lid * 4u + c;
+    workgroupBarrier();
+    let n = min(p.chunk, p.n_entries - first);
+    for (var i = lid; i < n; i += THREADS) {
+        let expert = ids[first + i];
+        if (expert < p.n_experts) {
+            atomicOr(&members[expert * words + i / 32u], 1u << (i % 32u));
+        }
+    }
+    workgroupBarrier();
+    for (var i = lid; i < n; i += THREADS) {
+        let expert = ids[first + i];
+        if (expert < p.n_experts) {
+            let row = expert * words;
+            let below = (1u << (i % 32u)) - 1u;
+            var at = atomicLoad(&places[expert])
+                + countOneBits(atomicLoad(&members[row + i / 32u]) & below);
+            for (var w = 0u; w < i / 32u; w++) {
+                at += countOneBits(atomicLoad(&members[row + w]));
+            }
+            sorted_token_ids[at] = first + i;
             if (at % p.block_size == 0u) {
-                expert_ids[at / p.block_size] = i32(e);
+                expert_ids[at / p.block_size] = i32(expert);
             }
         }
     }
+    workgroupBarrier();
+    for (var e = lid; e < p.n_experts; e += THREADS) {
+        var more = 0u;
+        for (var w = 0u; w < words; w++) {
+            more += countOneBits(atomicLoad(&members[e * words + w]));
+        }
+        atomicAdd(&places[e], more);
+    }
+    workgroupBarrier();
 }
 
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
     if (COUNT) {
+        clear(group.x, lid);
         count(group.x, lid);
-        storageBarrier();
-    }
-    if (SCAN) {
-        scan(lid);
+        if (!SCATTER) {
+            for (var e = lid; e < p.n_experts; e += THREADS) {
+                counts[group.x * p.n_experts + e] = atomicLoad(&places[e]);
+            }
+        }
         storageBarrier();
     }
     if (SCATTER) {
-        scatter(group.x, lid);
+        scan(group.x, lid);
+        workgroupBarrier();
+        let first = group.x * p.group_entries;
+        for (var i = 0u; i < p.group_entries && first + i < p.n_entries; i += p.chunk) {
+            scatter(first + i, lid);
+        }
     }
 }

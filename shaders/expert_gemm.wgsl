@@ -1,9 +1,10 @@
 // Products of many tokens with the matrices of their experts, in tiles. Tokens come
-// sorted by expert in blocks (align_experts); a workgroup takes one block and 128 features.
+// sorted by expert in blocks (align_experts); a workgroup takes one block and some features.
 #include "include/act_{act}.wgsl"
 #include "include/out_{out}.wgsl"
 #include "format/{weight}.wgsl"
 #include "include/tile_{tile}.wgsl"
+#include "include/bands.wgsl"
 
 struct Params {
     n_rows: u32,         // padded output features of an expert
@@ -21,7 +22,7 @@ struct Params {
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>;  // [experts, rows, n_chunks]
 @group(0) @binding(2) var<storage, read> scales: array<f32>;  // [n_experts, n_rows, scales_per_row]
-@group(0) @binding(3) var<storage, read> x: array<act4>;      // [n_slots / divide, x_stride4]
+@group(0) @binding(3) var<storage, read> x: array<x_vec>;     // [n_slots / divide, x_stride4]
 @group(0) @binding(4) var<storage, read> sorted_token_ids: array<u32>;     // [max_pad] slots
 @group(0) @binding(5) var<storage, read> expert_ids: array<i32>;           // [blocks], -1: skip
 @group(0) @binding(6) var<storage, read> num_tokens_post_pad: array<u32>;  // [1]
@@ -29,9 +30,12 @@ struct Params {
 @group(0) @binding(8) var<storage, read_write> out: array<out4>;           // [n_slots, out_stride4]
 
 override ROUTED: bool = false;  // multiply by the routed weights
+// Rows of an expert are gates, then ups; store silu(gate) * up. Not every tile can.
+override GATED: bool = false;
 
 var<private> first_position: u32;
 var<private> first_row: u32;
+var<private> n_out: u32;  // features of the output
 
 fn x_source(i: u32) -> u32 {
     if (i >= p.block_size) {
@@ -44,7 +48,7 @@ fn x_source(i: u32) -> u32 {
 fn store(i: u32, tile_row: u32, sum: vec4<f32>) {
     let slot = sorted_token_ids[first_position + i];
     let row = first_row + tile_row;
-    if (slot >= p.n_slots || row >= p.n_rows) {
+    if (slot >= p.n_slots || row >= n_out) {
         return;
     }
     var y = sum;
@@ -55,16 +59,24 @@ fn store(i: u32, tile_row: u32, sum: vec4<f32>) {
 }
 
 @compute @workgroup_size(THREADS)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-    first_position = group.y * p.block_size;
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) grid: vec3<u32>,
+        @builtin(local_invocation_index) lid: u32) {
+    let place = banded(group, grid);
+    first_position = place.y * p.block_size;
     if (first_position >= num_tokens_post_pad[0]) {
         return;
     }
-    let expert = expert_ids[group.y] - p.first_expert;
+    let expert = expert_ids[place.y] - p.first_expert;
     if (expert < 0 || expert >= p.n_experts) {
         return;
     }
     let bank_row = u32(expert) * p.n_rows;
-    first_row = group.x * TILE_ROWS;
-    tile(bank_row + first_row, bank_row + p.n_rows - 4u, lid);
+    n_out = p.n_rows;
+    var tile_rows = TILE_ROWS;
+    if (GATED) {
+        n_out /= 2u;
+        tile_rows /= 2u;
+    }
+    first_row = place.x * tile_rows;
+    tile(bank_row + first_row, bank_row + n_out - 4u, lid);
 }

@@ -1,11 +1,16 @@
-// A tile of TILE_TOKENS activation rows times 128 weight rows by four subgroups of 32 threads, in
-// cooperative matrices of 16 x 16: f16 operands, f32 sums. Both operands pass through workgroup
-// memory 32 columns at a time; the next ones are in registers meanwhile. Weights are widened to f16
-// on the way; scales of whole rows are applied to the sums. Interface as in tile_simt.wgsl.
+// A tile of TILE_TOKENS activation rows times TILE_ROWS weight rows by four subgroups of 32
+// threads, in cooperative matrices of 16 x 16: f16 operands, f32 sums. Both operands pass through
+// workgroup memory STEP columns at a time; the next ones are in registers meanwhile. Weights are
+// widened to f16 on the way, those in f32 split into two f16 that add up to 22 bits; scales of
+// whole rows are applied to the sums. Interface as in tile_simt.wgsl.
 //
-// Matrices and prefetched vectors are written out one by one: drivers keep indexed arrays of them
-// in memory. Conditions on FM, FN and X_LOADS are constant. Rows of padding
-// are multiplied like others: branches around them cost more than they save.
+// If GATED, half of the tile's weight rows are gates and the other half the ups of the same
+// features, and `store` gets silu(gate) * up: a tile has TILE_ROWS / 2 features.
+//
+// Matrices and prefetched vectors are written out one by one: drivers keep indexed arrays of them,
+// and private variables, in memory. Conditions on constants vanish. Rows of padding are multiplied
+// like others: branches around them cost more than they save. The loop over k is one on purpose:
+// without it NVIDIA's compiler moves the loads of the next step behind the products.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "include/coop_{coop}.wgsl"
@@ -13,91 +18,198 @@ enable wgpu_cooperative_matrix;
 alias MatrixX = coop_mat16x16<f16, A>;
 alias MatrixW = coop_mat16x16<f16, B>;
 alias MatrixSum = coop_mat16x16<f32, C>;
+alias x_vec = vec4<u32>;  // eight f16
 
 const THREADS: u32 = 128u;
-const TILE_ROWS: u32 = 128u;
 const NO_ROW: u32 = 0xffffffffu;
+// Columns of a row of matrices as a subgroup stores it, and its gates.
+const SUM_COLS: u32 = FN * 16u;
+const HALF: u32 = SUM_COLS / 2u;
+const TILE_ROWS: u32 = 4u / SG_M * SUM_COLS;
 
-// vec4s in a staged row of 32 columns; two more keep rows apart in the memory banks.
-const STRIDE4: u32 = 10u;
-// Loads per thread and step: vec4s of activations, chunks of weights.
-const X_LOADS: u32 = TILE_TOKENS * 8u / THREADS;
-const CHUNKS: u32 = 32u / CHUNK;
+// Columns at a time: in groups of eight, and chunks of packed weights in a row.
+const STEP8: u32 = min(STEP, CHUNK * 8u) / 8u;
+const STEP_CHUNKS: u32 = STEP8 * 8u / CHUNK;
+// From row to row in vec4s. With an odd number of groups eight rows lie in different memory banks.
+const STRIDE: u32 = 2u * STEP8 + 2u;
+// Rows that all threads load together, and loads per thread and step.
+const X_ROWS: u32 = THREADS / STEP8;
+const W_ROWS: u32 = THREADS / STEP_CHUNKS;
+const X_LOADS: u32 = (TILE_TOKENS + X_ROWS - 1u) / X_ROWS;
+const W_LOADS: u32 = TILE_ROWS / W_ROWS;
 // Tokens between two matrices of tokens of a subgroup.
 const M_STEP: u32 = SG_M * 16u;
-// Columns of a row of matrices as a subgroup stores it.
-const SUM_COLS: u32 = FN * 16u;
+// Rows of two matrices side by side as a subgroup stores them, in vec4s.
+const SUM_STRIDE: u32 = 9u;
 
-var<workgroup> x_tile: array<vec4<f16>, TILE_TOKENS * STRIDE4>;  // [TILE_TOKENS, STRIDE4]
-var<workgroup> w_tile: array<vec4<f16>, TILE_ROWS * STRIDE4>;    // [TILE_ROWS, STRIDE4]
-var<workgroup> sum_tile: array<f32, 64u * SUM_COLS>;             // [4 subgroups, 16, SUM_COLS]
+// Rows of x, of weights, of what rounding them to f16 has left if they are f32.
+const W_TILE: u32 = TILE_TOKENS * STRIDE;
+const REST: u32 = TILE_ROWS * STRIDE;
+const STAGED: u32 = W_TILE + REST * (1u + 4u / CHUNK);
+var<workgroup> staged: array<vec4<f16>, STAGED>;
+var<workgroup> sums: array<vec4<f32>, 64u * SUM_STRIDE>;  // [4 subgroups, 16 tokens]
 
-// The thread's i-th activation row.
-fn staged_source(i: u32, lid: u32) -> u32 {
+// Neighbouring threads take neighbouring rows: their stores go to different banks.
+fn x_row(i: u32, lid: u32) -> u32 { return lid % 8u + lid / (8u * STEP8) * 8u + i * X_ROWS; }
+fn x_col(lid: u32) -> u32 { return lid / 8u % STEP8; }
+fn w_row(i: u32, lid: u32) -> u32 { return lid % 8u + lid / (8u * STEP_CHUNKS) * 8u + i * W_ROWS; }
+fn w_col(lid: u32) -> u32 { return lid / 8u % STEP_CHUNKS; }
+
+// The thread's i-th row of x, in groups. Rows of padding read the first row, without a branch;
+// their sums are not stored.
+fn x_start(i: u32, lid: u32) -> u32 {
+    let row = x_row(i, lid);
+    var source = NO_ROW;
+    if (i < X_LOADS && row < TILE_TOKENS) {
+        source = x_source(row);
+    }
+    return select(source / 2u, 0u, source == NO_ROW);
+}
+
+// The weight row that the tile's row `row` is, past the last one of its kind a repeat of it.
+fn weight_row(row: u32, first: u32, last: u32) -> u32 {
+    if (GATED) {
+        let feature = min(first + row / SUM_COLS * HALF + row % HALF, last + 3u);
+        return feature + select(0u, p.n_rows / 2u, row % SUM_COLS >= HALF);
+    }
+    return min(first + row, last + 3u);
+}
+
+fn w_start(i: u32, first: u32, last: u32, lid: u32) -> u32 {
+    return weight_row(w_row(i, lid), first, last);
+}
+
+// Column of the thread's group of eight; past the end of a row the last one.
+fn x_group(chunk: u32, lid: u32) -> u32 { return chunk * CHUNK / 8u + x_col(lid); }
+
+fn load_x(i: u32, at: u32, chunk: u32, lid: u32) -> vec4<u32> {
     if (i < X_LOADS) {
-        return x_source((lid + i * THREADS) / 8u);
+        return x[at + min(x_group(chunk, lid), p.n_chunks * CHUNK / 8u - 1u)];
     }
-    return NO_ROW;
+    return vec4(0u);
 }
 
-// Rows of padding read the first row, without a branch; their sums are not stored.
-fn load_x(i: u32, source: u32, col4: u32) -> vec4<f16> {
-    if (i < X_LOADS) {
-        return vec4<f16>(x[select(source, 0u, source == NO_ROW) + col4]);
+fn load_w(i: u32, row: u32, chunk: u32, lid: u32) -> vec4<u32> {
+    if (i < W_LOADS) {
+        var at = chunk + w_col(lid);
+        if (STEP8 > 4u) {
+            at = min(at, p.n_chunks - 1u);
+        }
+        return weights[row * p.n_chunks + at];
     }
-    return vec4<f16>();
+    return vec4(0u);
 }
 
-fn stage_x(i: u32, v: vec4<f16>, lid: u32) {
-    if (i < X_LOADS) {
-        x_tile[(lid + i * THREADS) / 8u * STRIDE4 + lid % 8u] = v;
+// What follows a row counts as zero. Looking at a load any earlier would mean waiting for it.
+fn stage_x(i: u32, v: vec4<u32>, chunk: u32, lid: u32) {
+    let row = x_row(i, lid);
+    if (i < X_LOADS && (TILE_TOKENS % X_ROWS == 0u || row < TILE_TOKENS)) {
+        let to = row * STRIDE + 2u * x_col(lid);
+        var halves = v;
+        if (STEP8 > 4u && x_group(chunk, lid) >= p.n_chunks * CHUNK / 8u) {
+            halves = vec4(0u);
+        }
+        staged[to] = vec4<f16>(vec4(unpack2x16float(halves.x), unpack2x16float(halves.y)));
+        staged[to + 1u] = vec4<f16>(vec4(unpack2x16float(halves.z), unpack2x16float(halves.w)));
     }
 }
 
-// The thread's i-th chunk of the step that begins at `chunk`.
-fn load_w(i: u32, first: u32, last: u32, chunk: u32, lid: u32) -> vec4<u32> {
-    let at = lid + i * THREADS;
-    if (i < CHUNKS) {
-        return weights[min(first + at / CHUNKS, last + 3u) * p.n_chunks + chunk + at % CHUNKS];
-    }
-    return vec4<u32>();
+// Four int8 weights as f16, for which many GPUs lack a fast conversion: the bits of 1024 + 128 + w.
+fn int8_halves(q: u32) -> vec4<f16> {
+    let even = (q & 0x00ff00ffu) ^ 0x64806480u;
+    let odd = ((q >> 8u) & 0x00ff00ffu) ^ 0x64806480u;
+    let e = vec2<f16>(unpack2x16float(even)) - vec2<f16>(1152.0);
+    let o = vec2<f16>(unpack2x16float(odd)) - vec2<f16>(1152.0);
+    return vec4<f16>(e.x, o.x, e.y, o.y);
 }
 
-fn stage_w(i: u32, v: vec4<u32>, first: u32, last: u32, chunk: u32, lid: u32) {
-    if (i < CHUNKS) {
-        let at = lid + i * THREADS;
-        let to = at / CHUNKS * STRIDE4 + at % CHUNKS * (CHUNK / 4u);
+fn weight_halves(chunk: vec4<u32>, i: u32, scale: f32) -> vec4<f16> {
+    if (CHUNK == 16u && scale_is_per_row()) {
+        return int8_halves(chunk[i]);
+    }
+    return vec4<f16>(weight4(chunk, i) * scale);
+}
+
+fn stage_w(i: u32, v: vec4<u32>, row: u32, chunk: u32, lid: u32) {
+    if (i < W_LOADS) {
+        let to = W_TILE + w_row(i, lid) * STRIDE + w_col(lid) * (CHUNK / 4u);
         var scale = 1.0;
         if (!scale_is_per_row()) {
-            scale = weight_scale(min(first + at / CHUNKS, last + 3u), chunk + at % CHUNKS);
+            scale = weight_scale(row, min(chunk + w_col(lid), p.n_chunks - 1u));
         }
-        w_tile[to] = vec4<f16>(weight4(v, 0u) * scale);
+        staged[to] = weight_halves(v, 0u, scale);
+        if (CHUNK == 4u) {
+            let w = weight4(v, 0u);
+            staged[to + REST] = vec4<f16>(w - vec4<f32>(vec4<f16>(w)));
+        }
         if (CHUNK > 4u) {
-            w_tile[to + 1u] = vec4<f16>(weight4(v, 1u) * scale);
+            staged[to + 1u] = weight_halves(v, 1u, scale);
         }
         if (CHUNK > 8u) {
-            w_tile[to + 2u] = vec4<f16>(weight4(v, 2u) * scale);
-            w_tile[to + 3u] = vec4<f16>(weight4(v, 3u) * scale);
+            staged[to + 2u] = weight_halves(v, 2u, scale);
+            staged[to + 3u] = weight_halves(v, 3u, scale);
         }
     }
 }
 
-// Passes a stored row of matrices, tokens `token`.. of the tile, to `store`.
-fn store_row(token: u32, sg_row: u32, first: u32, last: u32, lid: u32) {
+// Passes two matrices of sums, tokens `token`.. of the tile, to `store`: features `feature`.. and
+// the next 16; if GATED, the gates and the ups of 16 features.
+fn store_pair(m0: MatrixSum, m1: MatrixSum, token: u32, feature: u32, first: u32, last: u32,
+              lid: u32) {
+    let begin = lid / 32u * 16u * SUM_STRIDE;
+    let stride = SUM_STRIDE;
+    let at0 = begin;
+    let at1 = begin + 4u;
+    let d0 = m0;
+    let d1 = m1;
+    coopStoreT(d0, &sums[at0], stride);
+    coopStoreT(d1, &sums[at1], stride);
     workgroupBarrier();
-    for (var i = lid % 32u; i < 16u * SUM_COLS / 4u; i += 32u) {
-        let t = i / (SUM_COLS / 4u);
-        let row = i % (SUM_COLS / 4u) * 4u;
-        let at = (lid / 32u * 16u + t) * SUM_COLS + row;
-        var sum = vec4(sum_tile[at], sum_tile[at + 1u], sum_tile[at + 2u], sum_tile[at + 3u]);
-        if (scale_is_per_row()) {
-            let r = min(first + sg_row + row, last);
-            sum *= vec4(weight_scale(r, 0u), weight_scale(r + 1u, 0u),
-                        weight_scale(r + 2u, 0u), weight_scale(r + 3u, 0u));
+    if (GATED) {
+        for (var i = lid % 32u; i < 64u; i += 32u) {
+            let at = begin + i / 4u * SUM_STRIDE + i % 4u;
+            let col = feature + i % 4u * 4u;
+            var gate = sums[at];
+            var up = sums[at + 4u];
+            if (scale_is_per_row()) {
+                let row = min(first + col, last);
+                gate *= row_scales(row);
+                up *= row_scales(row + p.n_rows / 2u);
+            }
+            store(token + i / 4u, col, gate / (1.0 + exp(-gate)) * up);
         }
-        store(token + t, sg_row + row, sum);
+    } else {
+        for (var i = lid % 32u; i < 128u; i += 32u) {
+            let col = feature + i % 8u * 4u;
+            var sum = sums[begin + i / 8u * SUM_STRIDE + i % 8u];
+            if (scale_is_per_row()) {
+                sum *= row_scales(min(first + col, last));
+            }
+            store(token + i / 8u, col, sum);
+        }
     }
     workgroupBarrier();
+}
+
+// Passes a row of matrices, tokens `token`.. of the tile, to `store`.
+fn store_row(m0: MatrixSum, m1: MatrixSum, m2: MatrixSum, m3: MatrixSum, token: u32, sg_row: u32,
+             first: u32, last: u32, lid: u32) {
+    if (GATED && FN > 2u) {
+        store_pair(m0, m2, token, sg_row / 2u, first, last, lid);
+        store_pair(m1, m3, token, sg_row / 2u + 16u, first, last, lid);
+    } else if (GATED) {
+        store_pair(m0, m1, token, sg_row / 2u, first, last, lid);
+    } else {
+        store_pair(m0, m1, token, sg_row, first, last, lid);
+        if (FN > 2u) {
+            store_pair(m2, m3, token, sg_row + 32u, first, last, lid);
+        }
+    }
+}
+
+fn row_scales(row: u32) -> vec4<f32> {
+    return vec4(weight_scale(row, 0u), weight_scale(row + 1u, 0u),
+                weight_scale(row + 2u, 0u), weight_scale(row + 3u, 0u));
 }
 
 // Multiplies, and passes the sums to `store`. All threads of the workgroup must call it together.
@@ -105,75 +217,78 @@ fn tile(first: u32, last: u32, lid: u32) {
     let subgroup = lid / 32u;
     // Subgroups that share rows take every SG_M-th matrix of tokens.
     let sg_token = subgroup % SG_M * 16u;
-    let sg_row = subgroup / SG_M * FN * 16u;
-    let col4 = lid % 8u;
-    let s0 = staged_source(0u, lid);
-    let s1 = staged_source(1u, lid);
-    let s2 = staged_source(2u, lid);
-    let s3 = staged_source(3u, lid);
-    let s4 = staged_source(4u, lid);
-    let s5 = staged_source(5u, lid);
-    let s6 = staged_source(6u, lid);
-    let s7 = staged_source(7u, lid);
-    var x0 = load_x(0u, s0, col4);
-    var x1 = load_x(1u, s1, col4);
-    var x2 = load_x(2u, s2, col4);
-    var x3 = load_x(3u, s3, col4);
-    var x4 = load_x(4u, s4, col4);
-    var x5 = load_x(5u, s5, col4);
-    var x6 = load_x(6u, s6, col4);
-    var x7 = load_x(7u, s7, col4);
-    var w0 = load_w(0u, first, last, 0u, lid);
-    var w1 = load_w(1u, first, last, 0u, lid);
-    var w2 = load_w(2u, first, last, 0u, lid);
-    var w3 = load_w(3u, first, last, 0u, lid);
+    let sg_row = subgroup / SG_M * SUM_COLS;
+    let x_at = sg_token * STRIDE;
+    let w_at = W_TILE + sg_row * STRIDE;
+    let x_at0 = x_start(0u, lid);
+    let x_at1 = x_start(1u, lid);
+    let x_at2 = x_start(2u, lid);
+    let x_at3 = x_start(3u, lid);
+    let w_row0 = w_start(0u, first, last, lid);
+    let w_row1 = w_start(1u, first, last, lid);
+    let w_row2 = w_start(2u, first, last, lid);
+    let w_row3 = w_start(3u, first, last, lid);
+    let w_row4 = w_start(4u, first, last, lid);
+    let w_row5 = w_start(5u, first, last, lid);
+    let w_row6 = w_start(6u, first, last, lid);
+    let w_row7 = w_start(7u, first, last, lid);
+    var x0 = load_x(0u, x_at0, 0u, lid);
+    var x1 = load_x(1u, x_at1, 0u, lid);
+    var x2 = load_x(2u, x_at2, 0u, lid);
+    var x3 = load_x(3u, x_at3, 0u, lid);
+    var w0 = load_w(0u, w_row0, 0u, lid);
+    var w1 = load_w(1u, w_row1, 0u, lid);
+    var w2 = load_w(2u, w_row2, 0u, lid);
+    var w3 = load_w(3u, w_row3, 0u, lid);
+    var w4 = load_w(4u, w_row4, 0u, lid);
+    var w5 = load_w(5u, w_row5, 0u, lid);
+    var w6 = load_w(6u, w_row6, 0u, lid);
+    var w7 = load_w(7u, w_row7, 0u, lid);
     var c00: MatrixSum; var c01: MatrixSum; var c02: MatrixSum; var c03: MatrixSum;
     var c10: MatrixSum; var c11: MatrixSum; var c12: MatrixSum; var c13: MatrixSum;
     var c20: MatrixSum; var c21: MatrixSum; var c22: MatrixSum; var c23: MatrixSum;
     var c30: MatrixSum; var c31: MatrixSum; var c32: MatrixSum; var c33: MatrixSum;
-    for (var chunk = 0u; chunk < p.n_chunks; chunk += CHUNKS) {
-        stage_x(0u, x0, lid);
-        stage_x(1u, x1, lid);
-        stage_x(2u, x2, lid);
-        stage_x(3u, x3, lid);
-        stage_x(4u, x4, lid);
-        stage_x(5u, x5, lid);
-        stage_x(6u, x6, lid);
-        stage_x(7u, x7, lid);
-        stage_w(0u, w0, first, last, chunk, lid);
-        stage_w(1u, w1, first, last, chunk, lid);
-        stage_w(2u, w2, first, last, chunk, lid);
-        stage_w(3u, w3, first, last, chunk, lid);
+    for (var chunk = 0u; chunk < p.n_chunks; chunk += STEP_CHUNKS) {
+        stage_x(0u, x0, chunk, lid);
+        stage_x(1u, x1, chunk, lid);
+        stage_x(2u, x2, chunk, lid);
+        stage_x(3u, x3, chunk, lid);
+        stage_w(0u, w0, w_row0, chunk, lid);
+        stage_w(1u, w1, w_row1, chunk, lid);
+        stage_w(2u, w2, w_row2, chunk, lid);
+        stage_w(3u, w3, w_row3, chunk, lid);
+        stage_w(4u, w4, w_row4, chunk, lid);
+        stage_w(5u, w5, w_row5, chunk, lid);
+        stage_w(6u, w6, w_row6, chunk, lid);
+        stage_w(7u, w7, w_row7, chunk, lid);
         workgroupBarrier();
-        let next = chunk + CHUNKS;
-        if (next < p.n_chunks) {
-            let x_col4 = next * (CHUNK / 4u) + col4;
-            x0 = load_x(0u, s0, x_col4);
-            x1 = load_x(1u, s1, x_col4);
-            x2 = load_x(2u, s2, x_col4);
-            x3 = load_x(3u, s3, x_col4);
-            x4 = load_x(4u, s4, x_col4);
-            x5 = load_x(5u, s5, x_col4);
-            x6 = load_x(6u, s6, x_col4);
-            x7 = load_x(7u, s7, x_col4);
-            w0 = load_w(0u, first, last, next, lid);
-            w1 = load_w(1u, first, last, next, lid);
-            w2 = load_w(2u, first, last, next, lid);
-            w3 = load_w(3u, first, last, next, lid);
-        }
-        {
-            let w_at = sg_row * STRIDE4 + 0u;
-            let x_at = sg_token * STRIDE4 + 0u;
-            let b0 = coopLoad<MatrixW>(&w_tile[w_at], STRIDE4);
-            let b1 = coopLoad<MatrixW>(&w_tile[w_at + 16u * STRIDE4], STRIDE4);
+        // The last step loads in vain: with a branch, loads would not overlap with products.
+        let next = min(chunk + STEP_CHUNKS, (p.n_chunks - 1u) / STEP_CHUNKS * STEP_CHUNKS);
+        x0 = load_x(0u, x_at0, next, lid);
+        x1 = load_x(1u, x_at1, next, lid);
+        x2 = load_x(2u, x_at2, next, lid);
+        x3 = load_x(3u, x_at3, next, lid);
+        w0 = load_w(0u, w_row0, next, lid);
+        w1 = load_w(1u, w_row1, next, lid);
+        w2 = load_w(2u, w_row2, next, lid);
+        w3 = load_w(3u, w_row3, next, lid);
+        w4 = load_w(4u, w_row4, next, lid);
+        w5 = load_w(5u, w_row5, next, lid);
+        w6 = load_w(6u, w_row6, next, lid);
+        w7 = load_w(7u, w_row7, next, lid);
+        for (var k = 0u; k < 2u * STEP8 * (1u + 4u / CHUNK); k += 4u) {
+            let w_to = w_at + k % (2u * STEP8) + k / (2u * STEP8) * REST;
+            let x_to = x_at + k % (2u * STEP8);
+            let b0 = coopLoad<MatrixW>(&staged[w_to], STRIDE);
+            let b1 = coopLoad<MatrixW>(&staged[w_to + 16u * STRIDE], STRIDE);
             var b2: MatrixW;
             var b3: MatrixW;
             if (FN > 2u) {
-                b2 = coopLoad<MatrixW>(&w_tile[w_at + 32u * STRIDE4], STRIDE4);
-                b3 = coopLoad<MatrixW>(&w_tile[w_at + 48u * STRIDE4], STRIDE4);
+                b2 = coopLoad<MatrixW>(&staged[w_to + 32u * STRIDE], STRIDE);
+                b3 = coopLoad<MatrixW>(&staged[w_to + 48u * STRIDE], STRIDE);
             }
             {
-                let a = coopLoadT<MatrixX>(&x_tile[x_at], STRIDE4);
+                let a = coopLoadT<MatrixX>(&staged[x_to], STRIDE);
                 c00 = coopMultiplyAdd(a, b0, c00);
                 c01 = coopMultiplyAdd(a, b1, c01);
                 if (FN > 2u) {
@@ -182,7 +297,7 @@ fn tile(first: u32, last: u32, lid: u32) {
                 }
             }
             if (FM > 1u) {
-                let a = coopLoadT<MatrixX>(&x_tile[x_at + 1u * M_STEP * STRIDE4], STRIDE4);
+                let a = coopLoadT<MatrixX>(&staged[x_to + 1u * M_STEP * STRIDE], STRIDE);
                 c10 = coopMultiplyAdd(a, b0, c10);
                 c11 = coopMultiplyAdd(a, b1, c11);
                 if (FN > 2u) {
@@ -191,7 +306,7 @@ fn tile(first: u32, last: u32, lid: u32) {
                 }
             }
             if (FM > 2u) {
-                let a = coopLoadT<MatrixX>(&x_tile[x_at + 2u * M_STEP * STRIDE4], STRIDE4);
+                let a = coopLoadT<MatrixX>(&staged[x_to + 2u * M_STEP * STRIDE], STRIDE);
                 c20 = coopMultiplyAdd(a, b0, c20);
                 c21 = coopMultiplyAdd(a, b1, c21);
                 if (FN > 2u) {
@@ -200,55 +315,7 @@ fn tile(first: u32, last: u32, lid: u32) {
                 }
             }
             if (FM > 3u) {
-                let a = coopLoadT<MatrixX>(&x_tile[x_at + 3u * M_STEP * STRIDE4], STRIDE4);
-                c30 = coopMultiplyAdd(a, b0, c30);
-                c31 = coopMultiplyAdd(a, b1, c31);
-                if (FN > 2u) {
-                    c32 = coopMultiplyAdd(a, b2, c32);
-                    c33 = coopMultiplyAdd(a, b3, c33);
-                }
-            }
-        }
-        {
-            let w_at = sg_row * STRIDE4 + 4u;
-            let x_at = sg_token * STRIDE4 + 4u;
-            let b0 = coopLoad<MatrixW>(&w_tile[w_at], STRIDE4);
-            let b1 = coopLoad<MatrixW>(&w_tile[w_at + 16u * STRIDE4], STRIDE4);
-            var b2: MatrixW;
-            var b3: MatrixW;
-            if (FN > 2u) {
-                b2 = coopLoad<MatrixW>(&w_tile[w_at + 32u * STRIDE4], STRIDE4);
-                b3 = coopLoad<MatrixW>(&w_tile[w_at + 48u * STRIDE4], STRIDE4);
-            }
-            {
-                let a = coopLoadT<MatrixX>(&x_tile[x_at], STRIDE4);
-                c00 = coopMultiplyAdd(a, b0, c00);
-                c01 = coopMultiplyAdd(a, b1, c01);
-                if (FN > 2u) {
-                    c02 = coopMultiplyAdd(a, b2, c02);
-                    c03 = coopMultiplyAdd(a, b3, c03);
-                }
-            }
-            if (FM > 1u) {
-                let a = coopLoadT<MatrixX>(&x_tile[x_at + 1u * M_STEP * STRIDE4], STRIDE4);
-                c10 = coopMultiplyAdd(a, b0, c10);
-                c11 = coopMultiplyAdd(a, b1, c11);
-                if (FN > 2u) {
-                    c12 = coopMultiplyAdd(a, b2, c12);
-                    c13 = coopMultiplyAdd(a, b3, c13);
-                }
-            }
-            if (FM > 2u) {
-                let a = coopLoadT<MatrixX>(&x_tile[x_at + 2u * M_STEP * STRIDE4], STRIDE4);
-                c20 = coopMultiplyAdd(a, b0, c20);
-                c21 = coopMultiplyAdd(a, b1, c21);
-                if (FN > 2u) {
-                    c22 = coopMultiplyAdd(a, b2, c22);
-                    c23 = coopMultiplyAdd(a, b3, c23);
-                }
-            }
-            if (FM > 3u) {
-                let a = coopLoadT<MatrixX>(&x_tile[x_at + 3u * M_STEP * STRIDE4], STRIDE4);
+                let a = coopLoadT<MatrixX>(&staged[x_to + 3u * M_STEP * STRIDE], STRIDE);
                 c30 = coopMultiplyAdd(a, b0, c30);
                 c31 = coopMultiplyAdd(a, b1, c31);
                 if (FN > 2u) {
@@ -259,59 +326,14 @@ fn tile(first: u32, last: u32, lid: u32) {
         }
         workgroupBarrier();
     }
-    let at0 = subgroup * 16u * SUM_COLS;
-    let at1 = at0 + 16u;
-    let at2 = at0 + 32u;
-    let at3 = at0 + 48u;
-    let stride = SUM_COLS;
-    let d00 = c00;
-    coopStoreT(d00, &sum_tile[at0], stride);
-    let d01 = c01;
-    coopStoreT(d01, &sum_tile[at1], stride);
-    if (FN > 2u) {
-        let d02 = c02;
-        coopStoreT(d02, &sum_tile[at2], stride);
-        let d03 = c03;
-        coopStoreT(d03, &sum_tile[at3], stride);
-    }
-    store_row(sg_token + 0u * M_STEP, sg_row, first, last, lid);
+    store_row(c00, c01, c02, c03, sg_token, sg_row, first, last, lid);
     if (FM > 1u) {
-        let d10 = c10;
-        coopStoreT(d10, &sum_tile[at0], stride);
-        let d11 = c11;
-        coopStoreT(d11, &sum_tile[at1], stride);
-        if (FN > 2u) {
-            let d12 = c12;
-            coopStoreT(d12, &sum_tile[at2], stride);
-            let d13 = c13;
-            coopStoreT(d13, &sum_tile[at3], stride);
-        }
-        store_row(sg_token + 1u * M_STEP, sg_row, first, last, lid);
+        store_row(c10, c11, c12, c13, sg_token + M_STEP, sg_row, first, last, lid);
     }
     if (FM > 2u) {
-        let d20 = c20;
-        coopStoreT(d20, &sum_tile[at0], stride);
-        let d21 = c21;
-        coopStoreT(d21, &sum_tile[at1], stride);
-        if (FN > 2u) {
-            let d22 = c22;
-            coopStoreT(d22, &sum_tile[at2], stride);
-            let d23 = c23;
-            coopStoreT(d23, &sum_tile[at3], stride);
-        }
-        store_row(sg_token + 2u * M_STEP, sg_row, first, last, lid);
+        store_row(c20, c21, c22, c23, sg_token + 2u * M_STEP, sg_row, first, last, lid);
     }
     if (FM > 3u) {
-        let d30 = c30;
-        coopStoreT(d30, &sum_tile[at0], stride);
-        let d31 = c31;
-        coopStoreT(d31, &sum_tile[at1], stride);
-        if (FN > 2u) {
-            let d32 = c32;
-            coopStoreT(d32, &sum_tile[at2], stride);
-            let d33 = c33;
-            coopStoreT(d33, &sum_tile[at3], stride);
-        }
-        store_row(sg_token + 3u * M_STEP, sg_row, first, last, lid);
+        store_row(c30, c31, c32, c33, sg_token + 3u * M_STEP, sg_row, first, last, lid);
     }
 }

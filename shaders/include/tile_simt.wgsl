@@ -3,11 +3,14 @@
 // keeps the sums of 16 tokens with four weight rows in registers.
 //
 // Every tile expects `weights`, `x` and a weight format in scope, a function `x_source(i)` that
-// tells at which vec4 of x the tile's i-th activation row begins (NO_ROW: there is none), and a
-// function `store(i, row, sum)` for four neighbouring weight rows of the tile.
+// tells at which vec4 of x the tile's i-th activation row begins (NO_ROW: there is none), a
+// constant GATED (only tile_coop.wgsl can), and a function `store(i, row, sum)` for four
+// neighbouring weight rows of the tile.
 #include "include/share_{share}.wgsl"
 
 override WIDE: bool = true;
+
+alias x_vec = act4;
 
 const THREADS: u32 = 64u;
 const TILE_TOKENS: u32 = 32u;  // 16 unless WIDE

@@ -150,17 +150,23 @@ fn left_out(test: &str) {
 
 /// Runs the first prompt length and each batch once more, timing every kernel.
 fn profile(runner: &mut Runner, workload: &Workload) -> anyhow::Result<()> {
-    ensure!(!workload.depths.is_empty(), "--profile needs a --depth that fits the context");
-    let one = |prompts: &[usize], generate, batches: &[usize]| Workload {
+    let (prompts, depths) = (&workload.prompts, &workload.depths);
+    ensure!(
+        !prompts.is_empty() || !depths.is_empty(),
+        "--profile needs a --prompt or a --depth that fits the context"
+    );
+    let one = |prompts: &[usize], generate, depths: &[usize], batches: &[usize]| Workload {
         prompts: prompts.to_vec(),
         generate,
-        depths: workload.depths[..1].to_vec(),
+        depths: depths.to_vec(),
         batches: batches.to_vec(),
         repetitions: 1,
     };
-    let prompts = &workload.prompts[..workload.prompts.len().min(1)];
-    let prefill = prompts.iter().map(|n| one(&[*n], 0, &[]));
-    let decode = workload.batches.iter().map(|batch| one(&[], 8, &[*batch]));
+    let prefill = prompts.iter().take(1).map(|n| one(&[*n], 0, &[], &[]));
+    let decode = depths
+        .iter()
+        .take(1)
+        .flat_map(|depth| workload.batches.iter().map(|batch| one(&[], 8, &[*depth], &[*batch])));
     for workload in prefill.chain(decode) {
         runner.start_profile();
         let mut n_runs = 0;

@@ -8,8 +8,10 @@ use crate::device::{
     params,
 };
 
-/// Entries that one workgroup counts and scatters.
-const CHUNK: usize = 1024;
+/// Entries that are left to one workgroup.
+const FEW_ENTRIES: usize = 1024;
+/// Bits of workgroup memory that tell which of the entries at hand an expert has.
+const MEMBER_BITS: usize = 1 << 16;
 /// Most experts that the shader's workgroup memory holds.
 const MAX_EXPERTS: usize = 1024;
 /// Most entries.
@@ -37,7 +39,7 @@ pub struct AlignShape {
     pub n_entries: usize,
     /// Experts, at most 1024.
     pub n_experts: usize,
-    /// Rows of one block: a power of two from 8 to 128.
+    /// Rows of one block: a multiple of 8 up to 128.
     pub block_size: usize,
 }
 
@@ -57,11 +59,24 @@ impl AlignShape {
 
     /// Length of `scratch`.
     pub fn scratch_len(&self) -> usize {
-        (self.n_chunks() + 1) * self.n_experts
+        self.n_groups() * self.n_experts
     }
 
-    fn n_chunks(&self) -> usize {
-        self.n_entries.div_ceil(CHUNK)
+    /// Entries that a workgroup scatters at a time.
+    fn chunk(&self) -> usize {
+        (MEMBER_BITS / self.n_experts / 32 * 32).min(1024)
+    }
+
+    /// Entries of a workgroup.
+    fn group_entries(&self) -> usize {
+        match self.n_entries <= FEW_ENTRIES {
+            true => self.n_entries.next_multiple_of(self.chunk()),
+            false => self.chunk(),
+        }
+    }
+
+    fn n_groups(&self) -> usize {
+        self.n_entries.div_ceil(self.group_entries())
     }
 }
 
@@ -79,7 +94,9 @@ impl Aligned {
     ) -> Result<Self, DeviceError> {
         let shape = |block_size| AlignShape { n_entries: n_tokens * top_k, n_experts, block_size };
         // Small blocks are many, large ones have more padding.
-        let (small, large) = (shape(*block_sizes.start()), shape(*block_sizes.end()));
+        let small = shape(*block_sizes.start());
+        let large = block_sizes.step_by(8).map(shape).max_by_key(AlignShape::max_pad);
+        let large = large.expect("block sizes from 8 to 128");
         let mut alloc = |what, n, dtype| device.alloc(what, &[n], dtype);
         Ok(Self {
             sorted_token_ids: alloc("sorted_token_ids", large.max_pad(), DType::I32)?,
@@ -102,7 +119,7 @@ impl Aligned {
 }
 
 /// Records the alignment of `ids`, I32 `[n, top_k]`: one dispatch if the entries are few, else
-/// three. Ids outside `0..n_experts` are skipped. Deterministic.
+/// two. Ids outside `0..n_experts` are skipped. Deterministic.
 pub fn align_experts(
     rec: &mut Recording,
     ids: Tensor,
@@ -111,11 +128,10 @@ pub fn align_experts(
     out: &Aligned,
 ) {
     let kernel = |phase| AlignExperts { ids, n_experts, block_size, out: *out, phase };
-    if ids.len() <= CHUNK {
+    if ids.len() <= FEW_ENTRIES {
         rec.push(kernel(AlignPhase::All));
     } else {
         rec.push(kernel(AlignPhase::Count));
-        rec.push(kernel(AlignPhase::Scan));
         rec.push(kernel(AlignPhase::Scatter));
     }
 }
@@ -123,13 +139,11 @@ pub fn align_experts(
 /// Steps of the alignment that one dispatch takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AlignPhase {
-    /// Clear the outputs; count the entries of each chunk by expert.
+    /// Clear the outputs; count the entries of each workgroup by expert.
     Count,
-    /// Sum the counts over chunks and experts.
-    Scan,
-    /// Write entries to their places, and the expert of each block.
+    /// Sum the counts; write entries to their places, and the expert of each block.
     Scatter,
-    /// All of these in one workgroup, for at most one chunk.
+    /// Both in one workgroup.
     All,
 }
 
@@ -140,7 +154,7 @@ pub struct AlignExperts {
     pub ids: Tensor,
     /// Ids from here on are skipped; at most 1024.
     pub n_experts: usize,
-    /// A power of two from 8 to 128.
+    /// A multiple of 8 up to 128.
     pub block_size: usize,
     /// Results; they may be longer than needed, and are filled to their ends.
     pub out: Aligned,
@@ -154,7 +168,9 @@ params! {
         n_entries: u32,
         n_experts: u32,
         block_size: u32,
-        n_chunks: u32,
+        chunk: u32,
+        group_entries: u32,
+        n_groups: u32,
         n_sorted: u32,
         n_blocks: u32,
     }
@@ -173,24 +189,24 @@ impl Kernel for AlignExperts {
         let shape = AlignShape { n_entries: ids.len(), n_experts, block_size };
         assert!((1..=MAX_EXPERTS).contains(&n_experts), "{n_experts} experts");
         assert!((1..=MAX_ENTRIES).contains(&shape.n_entries), "{} entries", shape.n_entries);
-        assert!(block_size.is_power_of_two() && (8..=128).contains(&block_size), "{block_size}");
+        assert!(block_size.is_multiple_of(8) && (8..=128).contains(&block_size), "{block_size}");
         assert!(out.sorted_token_ids.len() >= shape.max_pad(), "{shape:?}");
         assert!(out.expert_ids.len() >= shape.max_blocks(), "{shape:?}");
         assert!(out.scratch.len() >= shape.scratch_len(), "{shape:?}");
-        let n_chunks = shape.n_chunks() as u32;
-        assert!(phase != AlignPhase::All || n_chunks == 1, "{shape:?} is not one chunk");
-        let grid = if phase == AlignPhase::Scan { 1 } else { n_chunks };
+        let n_groups = shape.n_groups() as u32;
+        assert!(phase != AlignPhase::All || n_groups == 1, "{shape:?} is too much for a workgroup");
         let has = |step| phase == step || phase == AlignPhase::All;
         Launch {
             shader: Shader::new(Self::NAME)
                 .set("COUNT", has(AlignPhase::Count))
-                .set("SCAN", has(AlignPhase::Scan))
                 .set("SCATTER", has(AlignPhase::Scatter)),
             params: AlignExpertsParams {
                 n_entries: shape.n_entries as u32,
                 n_experts: n_experts as u32,
                 block_size: block_size as u32,
-                n_chunks,
+                chunk: shape.chunk() as u32,
+                group_entries: shape.group_entries() as u32,
+                n_groups,
                 n_sorted: out.sorted_token_ids.len() as u32,
                 n_blocks: out.expert_ids.len() as u32,
             },
@@ -201,53 +217,45 @@ impl Kernel for AlignExperts {
                 Binding::write(out.num_tokens_post_pad),
                 Binding::write(out.scratch),
             ],
-            grid: [grid, 1, 1],
+            grid: [n_groups, 1, 1],
         }
     }
 
     fn twin(p: &AlignExpertsParams, io: &Io<'_>) {
         let has = |step| io.shader.override_value(step) == Some(1);
         let (e, block) = (p.n_experts as usize, p.block_size as usize);
-        let counts_len = p.n_chunks as usize * e;
         let ids = io.read::<i32>(0);
         let ids = &ids[..p.n_entries as usize];
         let expert = |id: i32| usize::try_from(id).ok().filter(|&id| id < e);
         let (mut sorted, mut blocks) = (io.write::<i32>(1), io.write::<i32>(2));
-        let (mut total, mut scratch) = (io.write::<u32>(3), io.write::<u32>(4));
-        // [n_chunks, n_experts], [n_experts]
-        let (counts, starts) = scratch[..counts_len + e].split_at_mut(counts_len);
+        let (mut total, mut counts) = (io.write::<u32>(3), io.write::<u32>(4));
         if has("COUNT") {
             sorted[..p.n_sorted as usize].fill(p.n_entries as i32);
             blocks[..p.n_blocks as usize].fill(-1);
+        }
+        if !has("SCATTER") {
+            let counts = &mut counts[..p.n_groups as usize * e];
             counts.fill(0);
-            for (ids, counts) in ids.chunks(CHUNK).zip(counts.chunks_mut(e)) {
+            for (ids, counts) in ids.chunks(p.group_entries as usize).zip(counts.chunks_mut(e)) {
                 ids.iter().filter_map(|&id| expert(id)).for_each(|id| counts[id] += 1);
             }
+            return;
         }
-        if has("SCAN") {
-            let mut start = 0;
-            for id in 0..e {
-                let mut sum = 0;
-                for count in counts[id..].iter_mut().step_by(e) {
-                    sum += std::mem::replace(count, sum);
-                }
-                starts[id] = start;
-                start += sum.next_multiple_of(p.block_size);
-            }
-            total[0] = start;
+        let mut next = vec![0; e];
+        ids.iter().filter_map(|&id| expert(id)).for_each(|id| next[id] += 1);
+        let mut start = 0;
+        for next in &mut next {
+            let n: u32 = std::mem::replace(next, start);
+            start += n.next_multiple_of(p.block_size);
         }
-        if has("SCATTER") {
-            for (c, (ids, counts)) in ids.chunks(CHUNK).zip(counts.chunks(e)).enumerate() {
-                let mut next: Vec<u32> = counts.iter().zip(&*starts).map(|(n, s)| n + s).collect();
-                for (i, &id) in ids.iter().enumerate() {
-                    let Some(id) = expert(id) else { continue };
-                    let at = next[id] as usize;
-                    next[id] += 1;
-                    sorted[at] = (c * CHUNK + i) as i32;
-                    if at.is_multiple_of(block) {
-                        blocks[at / block] = id as i32;
-                    }
-                }
+        total[0] = start;
+        for (i, &id) in ids.iter().enumerate() {
+            let Some(id) = expert(id) else { continue };
+            let at = next[id] as usize;
+            next[id] += 1;
+            sorted[at] = i as i32;
+            if at.is_multiple_of(block) {
+                blocks[at / block] = id as i32;
             }
         }
     }
@@ -301,6 +309,7 @@ mod tests {
                 [341, 3, 60, 32],
                 [2256, 2, 32, 32],
                 [4096, 2, 1000, 8],
+                [700, 8, 128, 48],
                 [4096, 16, 256, 128],
             ] {
                 record(bench, rec, n, 0, UNIFORM);

@@ -96,7 +96,7 @@ impl Kernel for AttentionPrefill {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::device::Allocate as _;
     use crate::{
@@ -107,42 +107,48 @@ mod tests {
         kernels::{
             AttentionDecode,
             attention_decode::tests::{CASE, Case, caches, tolerance},
-            testing::{check, gpu},
+            testing::{Bench, check, gpu},
         },
         weights::padded,
     };
 
+    /// Tiles of several sequences, whole and cut short.
+    pub(in crate::kernels) fn push(bench: &mut Bench, case: Case) -> AttentionPrefill {
+        let (k_cache, v_cache, block_tables) = caches(bench, case, &[308, 33, 16]);
+        // (first row, rows, sequence, position); rows 6 and 7 belong to no tile.
+        let tiles = [
+            [8, 32, 0, 0],
+            [40, 32, 0, 32],
+            [0, 0, 9999, 9999],
+            [72, 8, 0, 300],
+            [0, 6, 2, 10],
+            [80, 1, 0, 17],
+            [81, 32, 1, 1],
+        ];
+        let tiles = bench.ints(&[tiles.len(), 4], U32, &tiles.concat());
+        let (n_heads, n_kv_heads) = case.heads;
+        let q = bench.activations(113, n_heads * case.head_dim, F32);
+        let out = bench.normal(&[113, padded(n_heads * case.head_dim)], case.out);
+        AttentionPrefill {
+            q,
+            k_cache,
+            v_cache,
+            tiles,
+            block_tables,
+            out,
+            n_heads,
+            n_kv_heads,
+            head_dim: case.head_dim,
+            block_size: case.block_size,
+            scale: case.scale,
+            window: case.window,
+        }
+    }
+
     fn run(case: Case) {
         check(tolerance(case), |bench, rec| {
-            let (k_cache, v_cache, block_tables) = caches(bench, case, &[308, 33, 16]);
-            // (first row, rows, sequence, position); rows 6 and 7 belong to no tile.
-            let tiles = [
-                [8, 32, 0, 0],
-                [40, 32, 0, 32],
-                [0, 0, 9999, 9999],
-                [72, 8, 0, 300],
-                [0, 6, 2, 10],
-                [80, 1, 0, 17],
-                [81, 32, 1, 1],
-            ];
-            let tiles = bench.ints(&[tiles.len(), 4], U32, &tiles.concat());
-            let (n_heads, n_kv_heads) = case.heads;
-            let q = bench.activations(113, n_heads * case.head_dim, F32);
-            let out = bench.normal(&[113, padded(n_heads * case.head_dim)], case.out);
-            rec.push(AttentionPrefill {
-                q,
-                k_cache,
-                v_cache,
-                tiles,
-                block_tables,
-                out,
-                n_heads,
-                n_kv_heads,
-                head_dim: case.head_dim,
-                block_size: case.block_size,
-                scale: case.scale,
-                window: case.window,
-            });
+            let attention = push(bench, case);
+            rec.push(attention);
         });
     }
 

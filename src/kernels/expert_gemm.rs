@@ -6,15 +6,12 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
-use crate::{
-    device::{Binding, Caps, DType, Io, Kernel, Launch, Shader, Tensor, params},
-    weights::WeightFormat,
-};
+use crate::device::{Binding, Caps, DType, Io, Kernel, Launch, Shader, Tensor, params};
 
 use super::{
     Matrix, float_slot,
-    gemm::{TILE_ROWS, Tile},
-    matrix::{Rows, dot},
+    gemm::{Tile, columns},
+    matrix::{Rows, dot, silu},
 };
 
 /// `out[slot] = (routed weight *) bank[expert of slot] . x[slot / divide]`, where a slot is
@@ -40,8 +37,11 @@ pub struct ExpertGemm {
     pub num_tokens_post_pad: Tensor,
     /// Routed weights, applied to the f32 sums. F32 `[n_slots]`
     pub weights: Option<Tensor>,
-    /// F32 or F16 `[n_slots, rows]`
+    /// F32 or F16 `[n_slots, rows]`, half as many if gated
     pub out: Tensor,
+    /// `silu(gate) * up` instead of the products themselves, where rows of an expert are gates and
+    /// then ups; only where [`ExpertGemm::gates`], elsewhere `silu_mul` follows.
+    pub gated: bool,
     /// Slots per block, see [`ExpertGemm::block_size`].
     pub block_size: usize,
     /// Tokens times top_k.
@@ -49,18 +49,16 @@ pub struct ExpertGemm {
 }
 
 impl ExpertGemm {
-    /// Slots per block for `n_slots` slots over `n_experts` experts: the smallest tile that holds
-    /// what an expert gets on average, since rows of padding cost and so do tiles that read the
-    /// same weights again.
-    pub fn block_size(
-        caps: &Caps,
-        format: WeightFormat,
-        activations: DType,
-        n_slots: usize,
-        n_experts: usize,
-    ) -> usize {
+    /// Whether this kernel can store gated products of such matrices by itself.
+    pub fn gates(caps: &Caps, activations: DType) -> bool {
+        Tile::of(caps, activations).gates()
+    }
+
+    /// Slots per block for `n_slots` slots over `n_experts` experts, by what an expert gets on
+    /// average: rows of padding cost, and so do tiles that read the same weights again.
+    pub fn block_size(caps: &Caps, activations: DType, n_slots: usize, n_experts: usize) -> usize {
         let average = n_slots.div_ceil(n_experts.max(1));
-        match Tile::of(caps, format, activations) {
+        match Tile::of(caps, activations) {
             Tile::Simt => {
                 if average <= 8 {
                     16
@@ -68,7 +66,12 @@ impl ExpertGemm {
                     32
                 }
             }
-            Tile::Coop => (average + average / 4).next_power_of_two().clamp(16, 128),
+            // Measured on an H200.
+            Tile::Coop => match average {
+                0..=12 => 16,
+                13..=20 => 32,
+                _ => 64,
+            },
         }
     }
 }
@@ -98,15 +101,17 @@ impl Kernel for ExpertGemm {
     }
 
     fn launch(&self, caps: &Caps) -> Launch<ExpertGemmParams> {
-        let tile = Tile::of(caps, self.bank.format, self.x.dtype);
-        let sizes: &[usize] = if tile == Tile::Coop { &[16, 32, 64, 128] } else { &[16, 32] };
+        let tile = Tile::of(caps, self.x.dtype);
+        let sizes: &[usize] = if tile == Tile::Coop { &Tile::HEIGHTS } else { &[16, 32] };
         assert!(sizes.contains(&self.block_size), "a block is a tile: one of {sizes:?} slots");
+        assert!(!self.gated || tile.gates(), "use expert_gemm and silu_mul");
         let shader = self
             .bank
             .shader(tile.shader(Shader::new(Self::NAME), caps, self.block_size))
             .slot("act", float_slot(self.x.dtype, caps))
             .slot("out", float_slot(self.out.dtype, caps))
-            .set("ROUTED", self.weights.is_some());
+            .set("ROUTED", self.weights.is_some())
+            .set("GATED", self.gated);
         Launch {
             shader,
             params: ExpertGemmParams {
@@ -131,7 +136,7 @@ impl Kernel for ExpertGemm {
                 Binding::read(self.weights.unwrap_or(self.bank.weights)),
                 Binding::write(self.out),
             ],
-            grid: [self.bank.rows.div_ceil(TILE_ROWS) as u32, self.expert_ids.len() as u32, 1],
+            grid: [columns(self.bank.rows, self.gated), self.expert_ids.len() as u32, 1],
         }
     }
 
@@ -139,7 +144,9 @@ impl Kernel for ExpertGemm {
         let (weights, scales) = (io.read::<u8>(0), io.read::<f32>(1));
         let rows = Rows::new(&weights, &scales, io.shader, p.n_chunks);
         let (x, sorted, experts) = (io.floats(2), io.read::<u32>(3), io.read::<i32>(4));
-        let routed = (io.shader.override_value("ROUTED") == Some(1)).then(|| io.floats(6));
+        let option = |name| io.shader.override_value(name) == Some(1);
+        let routed = option("ROUTED").then(|| io.floats(6));
+        let gated = option("GATED");
         let x_stride = p.x_stride4 as usize * 4;
         let (n_rows, block_size) = (p.n_rows as usize, p.block_size as usize);
         let n_blocks = io.read::<u32>(5)[0] as usize / block_size;
@@ -161,7 +168,14 @@ impl Kernel for ExpertGemm {
                 .collect();
             for (i, &slot) in slots.iter().enumerate() {
                 let scale = routed.as_ref().map_or(1.0, |routed| f64::from(routed[slot]));
-                let y: Vec<f32> = sums.iter().map(|row| (row[i] * scale) as f32).collect();
+                let y: Vec<f32> = match gated {
+                    false => sums.iter().map(|row| (row[i] * scale) as f32).collect(),
+                    true => {
+                        let (gates, ups) = sums.split_at(n_rows / 2);
+                        let pairs = gates.iter().zip(ups);
+                        pairs.map(|(gate, up)| (silu(gate[i]) * up[i] * scale) as f32).collect()
+                    }
+                };
                 io.store(7, slot * p.out_stride4 as usize * 4, &y);
             }
         }
@@ -176,7 +190,7 @@ mod tests {
             DType::{self, F16, F32, I32, U32},
             Recording,
         },
-        kernels::testing::{Bench, FORMATS, check},
+        kernels::testing::{Bench, FORMATS, check, check_matrix},
         weights::{WeightFormat, padded},
     };
 
@@ -209,6 +223,7 @@ mod tests {
         x: DType,
         out: DType,
         first_product: bool,
+        gated: bool,
         block_size: usize,
         /// Experts of each bank.
         banks: &'static [usize],
@@ -221,6 +236,7 @@ mod tests {
         x: F32,
         out: F32,
         first_product: true,
+        gated: false,
         block_size: 32,
         banks: &[4],
     };
@@ -243,7 +259,8 @@ mod tests {
         let divide = if case.first_product { TOP_K } else { 1 };
         let x = bench.activations(n_slots / divide, case.cols, case.x);
         let weights = (!case.first_product).then(|| bench.normal(&[n_slots], F32));
-        let out = bench.normal(&[n_slots, padded(case.rows)], case.out);
+        let out_cols = padded(case.rows) / if case.gated { 2 } else { 1 };
+        let out = bench.normal(&[n_slots, out_cols], case.out);
         let mut first_expert = 0;
         for &n_experts in case.banks {
             let bank = bench.matrix(format, n_experts, case.rows, case.cols);
@@ -258,6 +275,7 @@ mod tests {
                 num_tokens_post_pad,
                 weights,
                 out,
+                gated: case.gated,
                 block_size: case.block_size,
                 n_slots,
             });
@@ -295,6 +313,24 @@ mod tests {
         for first_product in [true, false] {
             let case = Case { first_product, block_size: 16, ..PLAIN };
             check(1e-7, |bench, rec| push(bench, rec, FORMATS[3], &case));
+        }
+    }
+
+    #[test]
+    fn cooperative_tiles_of_every_height() {
+        let base = Case { n_tokens: 150, x: F16, ..PLAIN };
+        for block_size in Tile::HEIGHTS {
+            for format in &FORMATS {
+                check_matrix(1e-6, |bench, rec| {
+                    for (rows, cols, gated) in [(320, 96, true), (192, 320, true), (96, 512, false)]
+                    {
+                        let case = Case { rows, cols, gated, block_size, ..base };
+                        push(bench, rec, *format, &case);
+                    }
+                    let case = Case { cols: 64, first_product: false, block_size, ..base };
+                    push(bench, rec, *format, &Case { out: F16, ..case });
+                });
+            }
         }
     }
 

@@ -14,6 +14,10 @@ use super::{Gemv, Matrix, Store, float_slot, gemv::GemvParams};
 pub(super) const TILE_ROWS: usize = 128;
 /// Activation rows of a wide tile; a narrow one has half of them.
 pub(super) const TILE_TOKENS: usize = 32;
+/// Up to this many rows of activations [`Gemv`] is faster for a router on a large GPU.
+const ROUTER_GEMV_TOKENS: usize = 1024;
+/// Workgroup memory that the largest cooperative tile takes, bytes.
+const WORKGROUP_BYTES: u32 = 39_936;
 /// Up to this many rows of activations [`Gemv`] is faster; measured on lavapipe with 512 x 512
 /// weights, f16 and int8.
 pub const GEMV_TOKENS: usize = 16;
@@ -23,16 +27,25 @@ pub const GEMV_TOKENS: usize = 16;
 pub(super) enum Tile {
     /// f32 sums in registers: 32 or 16 activation rows.
     Simt,
-    /// Cooperative matrices of f16 with f32 sums: 16, 32, 64 or 128 activation rows.
+    /// Cooperative matrices of f16 with f32 sums: [`Tile::HEIGHTS`] activation rows.
     Coop,
 }
 
 impl Tile {
-    /// The best that the device, the weights and the activations allow.
-    pub(super) fn of(caps: &Caps, format: WeightFormat, activations: DType) -> Self {
-        // The shader counts on four subgroups of 32.
-        let device = caps.coop_matrix == Some(16) && caps.subgroups == Some((32, 32)) && caps.f16;
-        match device && format != WeightFormat::F32 && activations == DType::F16 {
+    /// Activation rows of cooperative tiles.
+    pub(super) const HEIGHTS: [usize; 4] = [16, 32, 64, 128];
+
+    /// Whether shaders with cooperative matrices, which count on subgroups of 32, run here.
+    pub(super) fn coop_device(caps: &Caps) -> bool {
+        caps.coop_matrix == Some(16)
+            && caps.subgroups == Some((32, 32))
+            && caps.f16
+            && caps.max_workgroup_bytes >= WORKGROUP_BYTES
+    }
+
+    /// The best that the device and the activations allow.
+    pub(super) fn of(caps: &Caps, activations: DType) -> Self {
+        match Self::coop_device(caps) && activations == DType::F16 {
             true => Self::Coop,
             false => Self::Simt,
         }
@@ -60,6 +73,19 @@ impl Tile {
             }
         }
     }
+
+    /// Whether the tile can take gates and ups together and give their gated product.
+    pub(super) fn gates(self) -> bool {
+        self == Self::Coop
+    }
+}
+
+/// Tiles of `rows` weight rows, of which half are gates if `gated`.
+pub(super) fn columns(rows: usize, gated: bool) -> u32 {
+    match gated {
+        true => (rows / 2).div_ceil(TILE_ROWS / 2) as u32,
+        false => rows.div_ceil(TILE_ROWS) as u32,
+    }
 }
 
 /// `out = x * weights^T (+ bias)`, for many rows of `x`.
@@ -77,16 +103,29 @@ pub struct Gemm {
     pub out: Tensor,
     /// First column of `out`; a multiple of 4.
     pub out_col: usize,
-    /// `Set` or `Add`; for a gated product, `silu_mul` follows.
+    /// `Gated` only without a bias and where [`Gemm::gates`]; elsewhere `silu_mul` follows.
     pub store: Store,
+}
+
+impl Gemm {
+    /// Whether this kernel can store the gated product of such a matrix by itself.
+    pub fn gates(caps: &Caps, activations: DType) -> bool {
+        Tile::of(caps, activations).gates()
+    }
 }
 
 /// Pushes the product as [`Gemv`] where `x` has few rows, else as it is.
 pub fn product(rec: &mut Recording, gemm: Gemm) {
     let Gemm { label, weights, bias, x, out, out_col, store } = gemm;
-    // A router has too few rows to fill a large GPU with tiles.
-    let narrow =
-        !rec.caps().software && weights.format == WeightFormat::F32 && weights.rows <= 1024;
+    // A router has too few rows to fill a large GPU with tiles, unless tokens are many.
+    let most = match Tile::of(rec.caps(), x.dtype) {
+        Tile::Coop => ROUTER_GEMV_TOKENS,
+        Tile::Simt => usize::MAX,
+    };
+    let narrow = !rec.caps().software
+        && weights.format == WeightFormat::F32
+        && weights.rows <= 1024
+        && x.rows() <= most;
     if x.rows() <= GEMV_TOKENS || narrow {
         rec.push(Gemv { label, weights, bias, x, out, out_col, store });
     } else {
@@ -124,9 +163,10 @@ impl Kernel for Gemm {
     }
 
     fn launch(&self, caps: &Caps) -> Launch<GemmParams> {
-        assert_ne!(self.store, Store::Gated, "gemm does not gate; use gemm and silu_mul");
         let n_tokens = self.x.rows();
-        let tile = Tile::of(caps, self.weights.format, self.x.dtype);
+        let tile = Tile::of(caps, self.x.dtype);
+        let gated = self.store == Store::Gated;
+        assert!(!gated || (tile.gates() && self.bias.is_none()), "use gemm and silu_mul");
         let (tokens, step) = match tile {
             Tile::Simt if n_tokens <= TILE_TOKENS / 2 => (TILE_TOKENS / 2, TILE_TOKENS),
             Tile::Simt => (TILE_TOKENS, TILE_TOKENS),
@@ -141,7 +181,8 @@ impl Kernel for Gemm {
             .slot("act", float_slot(self.x.dtype, caps))
             .slot("out", float_slot(self.out.dtype, caps))
             .set("BIAS", self.bias.is_some())
-            .set("ADD", self.store == Store::Add);
+            .set("ADD", self.store == Store::Add)
+            .set("GATED", gated);
         Launch {
             shader,
             params: GemmParams {
@@ -160,7 +201,7 @@ impl Kernel for Gemm {
                 Binding::read(self.x),
                 Binding::write(self.out),
             ],
-            grid: [self.weights.rows.div_ceil(TILE_ROWS) as u32, n_tokens.div_ceil(step) as u32, 1],
+            grid: [columns(self.weights.rows, gated), n_tokens.div_ceil(step) as u32, 1],
         }
     }
 
@@ -175,9 +216,10 @@ impl Kernel for Gemm {
             out_stride4,
             out_col4,
         } = p;
+        let gated = io.shader.override_value("GATED") == Some(1);
         let p = GemvParams {
             n_tokens,
-            n_rows,
+            n_rows: if gated { n_rows / 2 } else { n_rows },
             n_chunks,
             scales_per_row,
             x_stride4,
@@ -195,7 +237,7 @@ mod tests {
     use crate::device::Allocate as _;
     use crate::{
         device::DType::{F16, F32, U8},
-        kernels::testing::{FORMATS, check, gpu},
+        kernels::testing::{FORMATS, check, check_matrix, gpu},
         weights::WeightFormat,
     };
 
@@ -229,6 +271,23 @@ mod tests {
                     let x = bench.activations(33, 100, F16);
                     let out = bench.normal(&[33, 96], dtype);
                     let store = Store::Add;
+                    let gemm =
+                        Gemm { label: "test", weights, bias: None, x, out, out_col: 0, store };
+                    rec.push(gemm);
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn gated_products() {
+        for format in &FORMATS {
+            check_matrix(1e-6, |bench, rec| {
+                for (n_tokens, rows, cols) in [(17, 320, 96), (300, 64, 160), (40, 8192, 32)] {
+                    let weights = bench.matrix(*format, 1, rows, cols);
+                    let x = bench.activations(n_tokens, cols, F16);
+                    let out = bench.normal(&[n_tokens, rows / 2], F16);
+                    let store = Store::Gated;
                     let gemm =
                         Gemm { label: "test", weights, bias: None, x, out, out_col: 0, store };
                     rec.push(gemm);

@@ -2,6 +2,7 @@
 //! their parity test. Kernels know tensors and numbers, not sequences or models.
 
 mod align_experts;
+mod attention_coop;
 mod attention_decode;
 mod attention_prefill;
 mod combine_experts;
@@ -25,6 +26,7 @@ mod silu_mul;
 mod testing;
 
 pub use align_experts::{AlignExperts, AlignPhase, AlignShape, Aligned, align_experts};
+pub use attention_coop::{AttentionCoop, attend_tiles};
 pub use attention_decode::AttentionDecode;
 pub use attention_prefill::{AttentionPrefill, TILE as PREFILL_TILE};
 pub use combine_experts::CombineExperts;

@@ -147,9 +147,24 @@ pub(crate) fn gpu() -> Device {
 /// every byte of every tensor: integers and margins exactly, floats by normalised mean squared
 /// error, NaN and infinities by position.
 pub(crate) fn check(tolerance: f64, build: impl Fn(&mut Bench, &mut Recording)) {
+    check_where(|_| true, tolerance, build);
+}
+
+/// The same for what only cooperative matrices of 16 x 16 can; twins run it everywhere.
+pub(crate) fn check_matrix(tolerance: f64, build: impl Fn(&mut Bench, &mut Recording)) {
+    check_where(|caps| caps.coop_matrix == Some(16), tolerance, build);
+}
+
+fn check_where(
+    able: impl Fn(&Caps) -> bool,
+    tolerance: f64,
+    build: impl Fn(&mut Bench, &mut Recording),
+) {
+    let imagined: Vec<Caps> = imagined_caps().into_iter().filter(&able).collect();
     let run = |device: Device| -> (Recording, Vec<Vec<u8>>) {
         let mut bench = Bench::new(device);
-        let mut rec = Recording::new(&bench.device.caps());
+        let caps = bench.device.caps();
+        let mut rec = Recording::new(if able(&caps) { &caps } else { &imagined[0] });
         build(&mut bench, &mut rec);
         let plan = bench.device.prepare(rec.clone()).unwrap();
         bench.device.run(&plan).unwrap();
@@ -157,11 +172,11 @@ pub(crate) fn check(tolerance: f64, build: impl Fn(&mut Bench, &mut Recording)) 
         (rec, tensors.iter().map(|t| bench.device.read_now(t).unwrap()).collect())
     };
     let (rec, expected) = run(Device::cpu());
-    for caps in imagined_caps() {
+    for caps in &imagined {
         let mut bench = Bench::new(Device::cpu());
-        let mut rec = Recording::new(&caps);
+        let mut rec = Recording::new(caps);
         build(&mut bench, &mut rec);
-        rec.dispatches.iter().for_each(|d| check_shader(d, &caps));
+        rec.dispatches.iter().for_each(|d| check_shader(d, caps));
     }
     // Type of each buffer as some kernel writes it; unwritten buffers are compared as bytes.
     let dtype = |i: usize| {
@@ -175,7 +190,8 @@ pub(crate) fn check(tolerance: f64, build: impl Fn(&mut Bench, &mut Recording)) 
     let caps = gpu().caps();
     // Once more as kernels are launched on real GPUs, if this is a software adapter.
     let tiers = caps.tiers().into_iter().map(|tier| (tier, caps.software));
-    for (tier, software) in tiers.chain(caps.software.then_some((caps.tier(), false))) {
+    let all = tiers.chain(caps.software.then_some((caps.tier(), false)));
+    for (tier, software) in all.filter(|(tier, _)| able(&caps.shrink(*tier))) {
         let mut device = gpu();
         device.shrink(tier);
         device.set_software(software);
@@ -224,7 +240,8 @@ fn compare(actual: &[u8], expected: &[u8], dtype: DType, tolerance: f64, what: &
 fn imagined_caps() -> Vec<Caps> {
     let core = Caps::portable();
     let fast = |sizes| Caps { f16: true, subgroups: Some(sizes), ..core.clone() };
-    let matrix = |edge| Caps { coop_matrix: Some(edge), ..fast((32, 32)) };
+    let matrix =
+        |edge| Caps { coop_matrix: Some(edge), max_workgroup_bytes: 48 << 10, ..fast((32, 32)) };
     let no_f16 = Caps { f16: false, ..fast((4, 4)) };
     vec![core.clone(), no_f16, fast((4, 4)), fast((8, 8)), fast((16, 128)), matrix(16), matrix(8)]
 }

@@ -4,7 +4,7 @@
 use crate::{
     Result,
     device::{Recording, Tensor},
-    kernels::{AttentionDecode, AttentionPrefill, QkNorm, RopeKvWrite, Store},
+    kernels::{AttentionDecode, AttentionPrefill, QkNorm, RopeKvWrite, Store, attend_tiles},
 };
 
 use super::{
@@ -113,7 +113,7 @@ impl Attention {
             });
         }
         if shape.n_tiles > 0 {
-            rec.push(AttentionPrefill {
+            let attention = AttentionPrefill {
                 q,
                 k_cache,
                 v_cache,
@@ -126,7 +126,8 @@ impl Attention {
                 block_size,
                 scale,
                 window,
-            });
+            };
+            attend_tiles(rec, attention);
         }
         self.out.record(rec, "o", mixed, residual, Store::Add);
     }

@@ -71,11 +71,11 @@ pub(super) fn block_tokens(
     n_tokens: usize,
     routing: &Routing,
 ) -> usize {
-    let (format, activations) = (precision.experts, precision.activations);
+    let activations = precision.activations;
     let n_slots = n_tokens * routing.top_k;
     match few(n_tokens, routing) {
         true => 1,
-        false => ExpertGemm::block_size(caps, format, activations, n_slots, routing.n_experts),
+        false => ExpertGemm::block_size(caps, activations, n_slots, routing.n_experts),
     }
 }
 
@@ -325,13 +325,13 @@ impl RoutedExperts {
         let n_held = self.n_held;
         let (both, inner) = buffers.gated(n_slots, self.width);
         let out = buffers.rows(buffers.slots_hidden, n_slots);
-        let format = self.banks.gate_up[0].1.format;
-        let block_size = ExpertGemm::block_size(rec.caps(), format, x.dtype, n_slots, n_experts);
+        let block_size = ExpertGemm::block_size(rec.caps(), x.dtype, n_slots, n_experts);
         let aligned: Aligned = buffers.aligned.expect("allocated for models with experts");
         let aligned =
             aligned.reshape(AlignShape { n_entries: n_slots, n_experts: n_held, block_size });
         align_experts(rec, ids, n_held, block_size, &aligned);
-        let gemm = |label, first_expert, bank, x, divide, weights, out| ExpertGemm {
+        let gated = ExpertGemm::gates(rec.caps(), x.dtype);
+        let gemm = |label, first_expert, bank, x, divide, weights, out, gated| ExpertGemm {
             label,
             bank,
             first_expert,
@@ -342,15 +342,19 @@ impl RoutedExperts {
             num_tokens_post_pad: aligned.num_tokens_post_pad,
             weights,
             out,
+            gated,
             block_size,
             n_slots,
         };
         for &(first, bank) in &self.banks.gate_up {
-            rec.push(gemm("gate_up", first, bank, x, self.routing.top_k, None, both));
+            let out = if gated { inner } else { both };
+            rec.push(gemm("gate_up", first, bank, x, self.routing.top_k, None, out, gated));
         }
-        rec.push(SiluMul { x: both, out: inner });
+        if !gated {
+            rec.push(SiluMul { x: both, out: inner });
+        }
         for &(first, bank) in &self.banks.down {
-            rec.push(gemm("down", first, bank, inner, 1, Some(weights), out));
+            rec.push(gemm("down", first, bank, inner, 1, Some(weights), out, false));
         }
         rec.push(CombineExperts { x: out, ids, out: residual });
     }

@@ -38,11 +38,18 @@ impl Linear {
         both: Tensor,
         out: Tensor,
     ) {
-        if let (&[(out_col, weights, bias)], true) = (&self.parts[..], x.rows() <= GEMV_TOKENS) {
-            rec.push(Gemv { label, weights, bias, x, out, out_col, store: Store::Gated });
-        } else {
-            self.record(rec, label, x, both, Store::Set);
-            rec.push(SiluMul { x: both, out });
+        let store = Store::Gated;
+        match self.parts[..] {
+            [(out_col, weights, bias)] if x.rows() <= GEMV_TOKENS => {
+                rec.push(Gemv { label, weights, bias, x, out, out_col, store });
+            }
+            [(out_col, weights, None)] if Gemm::gates(rec.caps(), x.dtype) => {
+                rec.push(Gemm { label, weights, bias: None, x, out, out_col, store });
+            }
+            _ => {
+                self.record(rec, label, x, both, Store::Set);
+                rec.push(SiluMul { x: both, out });
+            }
         }
     }
 

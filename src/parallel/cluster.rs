@@ -129,7 +129,7 @@ fn primary(inbox: &mpsc::Receiver<Call>, started: &mpsc::Sender<Result<usize, Pa
     let mut waiting: Vec<(usize, mpsc::Sender<Vec<u8>>)> = Vec::new();
     loop {
         let call = match waiting.is_empty() {
-            true => inbox.recv().unwrap_or(Call::Finish).into(),
+            true => Some(inbox.recv().unwrap_or(Call::Finish)),
             false => inbox.try_recv().ok(),
         };
         match call {
