@@ -2,6 +2,10 @@
 // Gimelshein 2018). One workgroup per token and HEADS query heads of one key/value head, so that
 // keys and values are read once for all of them. A tile has one position per thread for the
 // scores; for the values, threads lie across the head (coalesced) and split the positions.
+//
+// With PARTS > 1, several workgroups share the tiles of a long context (Dao et al. 2023, "flash
+// decoding"), and the last of them to finish adds up what they have found. Parts pass between
+// workgroups, so a storage barrier has to order them for the whole device.
 #include "include/act_{act}.wgsl"
 #include "include/out_{out}.wgsl"
 #include "include/paged_cache.wgsl"
@@ -13,9 +17,15 @@
 @group(0) @binding(4) var<storage, read> tokens: array<vec4<u32>>;  // (position, slot, sequence, 0)
 @group(0) @binding(5) var<storage, read> block_tables: array<u32>;  // [n_sequences, max_blocks]
 @group(0) @binding(6) var<storage, read_write> out: array<out4>;    // [n_tokens, out_stride4]
+// Bits of what parts have found, with the largest score and the sum of a head behind its values.
+// [n_tokens * groups of heads, PARTS, HEADS, 4 * HEAD4 + 2]
+@group(0) @binding(7) var<storage, read_write> parts: array<atomic<u32>>;
+// How many parts are done, zero before and after. [n_tokens * groups of heads]
+@group(0) @binding(8) var<storage, read_write> done: array<atomic<u32>>;
 
 override LANES: u32 = 16u;  // threads across a head: HEAD4 as a power of two, at least 4
 override HEADS: u32 = 1u;   // query heads at once: a power of two, at most 8; HEADS * HEAD4 <= 256
+override PARTS: u32 = 1u;   // workgroups that share the tiles, at most
 
 const THREADS: u32 = 128u;
 const PADDING: u32 = 0xffffffffu;
@@ -29,6 +39,7 @@ var<workgroup> rows: array<u32, THREADS>;            // of the tile's positions 
 var<workgroup> maxima: array<f32, THREADS>;          // [HEADS, MAXIMA]
 var<workgroup> rescale: array<f32, 8>;               // [HEADS]: what a larger maximum costs
 var<workgroup> partials: array<vec4<f32>, THREADS>;  // [THREADS / LANES, LANES]
+var<workgroup> n_done: u32;
 
 fn write_scores(row: u32, live: bool, lid: u32) {
     var s: array<f32, 8>;
@@ -45,6 +56,41 @@ fn write_scores(row: u32, live: bool, lid: u32) {
     }
 }
 
+// Index of what a part has found for head h, in words.
+fn part_at(group: u32, part: u32, h: u32) -> u32 {
+    return ((group * PARTS + part) * HEADS + h) * (4u * HEAD4 + 2u);
+}
+
+fn part_load(at: u32) -> f32 {
+    return bitcast<f32>(atomicLoad(&parts[at]));
+}
+
+fn part_store(at: u32, value: f32) {
+    atomicStore(&parts[at], bitcast<u32>(value));
+}
+
+// Adds up what the parts of a group of heads have found.
+fn combine(group: u32, n_parts: u32, n_live: u32, out_at: u32, lid: u32) {
+    for (var i = lid; i < n_live * HEAD4; i += THREADS) {
+        let h = i / HEAD4;
+        var peak = LOWEST;
+        for (var part = 0u; part < n_parts; part++) {
+            peak = max(peak, part_load(part_at(group, part, h) + 4u * HEAD4));
+        }
+        var sum = 0.0;
+        var y = vec4(0.0);
+        for (var part = 0u; part < n_parts; part++) {
+            let at = part_at(group, part, h);
+            let weight = exp(part_load(at + 4u * HEAD4) - peak);
+            sum += weight * part_load(at + 4u * HEAD4 + 1u);
+            let v = at + i % HEAD4 * 4u;
+            y += weight * vec4(part_load(v), part_load(v + 1u), part_load(v + 2u),
+                               part_load(v + 3u));
+        }
+        out[out_at + i] = out_store(y / sum);
+    }
+}
+
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
     let token = group.y + group.z * p.grid_y;
@@ -52,11 +98,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         return;
     }
     let share = p.n_heads / p.n_kv_heads;  // query heads of a key/value head
-    let n_parts = (share + HEADS - 1u) / HEADS;
-    let kv_head = group.x / n_parts;
-    let part = group.x % n_parts * HEADS;
-    let n_live = min(HEADS, share - part);
-    let head_at = (kv_head * share + part) * HEAD4;
+    let n_groups = (share + HEADS - 1u) / HEADS;  // of query heads
+    let heads_id = group.x / PARTS;
+    let part = group.x % PARTS;
+    let kv_head = heads_id / n_groups;
+    let first_head = heads_id % n_groups * HEADS;
+    let n_live = min(HEADS, share - first_head);
+    let head_at = (kv_head * share + first_head) * HEAD4;
     let out_at = token * p.out_stride4;
     if (group.x == 0u) {
         for (var i = p.n_heads * HEAD4 + lid; i < p.out_stride4; i += THREADS) {
@@ -65,9 +113,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     let t = tokens[token];
     if (t.y == PADDING) {
+        if (part > 0u) {
+            return;
+        }
         for (var i = lid; i < n_live * HEAD4; i += THREADS) {
             out[out_at + head_at + i] = out_store(vec4(0.0));
         }
+        return;
+    }
+    let end = t.x + 1u;
+    let start = end - min(end, p.window);
+    let n_parts = min(PARTS, (end - start + THREADS - 1u) / THREADS);
+    if (part >= n_parts) {
         return;
     }
     for (var i = lid; i < HEADS * HEAD4; i += THREADS) {
@@ -87,8 +144,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var peak = LOWEST;
     var sums: array<f32, 8>;       // [HEADS] of this split
     var acc: array<vec4<f32>, 8>;  // [HEADS] of this split and lane
-    let end = t.x + 1u;
-    for (var tile = end - min(end, p.window); tile < end; tile += THREADS) {
+    for (var tile = start + part * THREADS; tile < end; tile += n_parts * THREADS) {
         let n = min(THREADS, end - tile);
         let row = cache_row(t.z, kv_head, min(tile + lid, t.x));
         write_scores(row, lid < n, lid);
@@ -140,6 +196,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var h = 0u; h < HEADS; h++) {
         scores[h * THREADS + lid] = sums[h];
     }
+    if (lid % n_subs == 0u) {
+        rescale[softmax_head] = peak;
+    }
+    let heads_at = token * (p.n_kv_heads * n_groups) + heads_id;
     for (var h = 0u; h < HEADS; h++) {
         partials[lid] = acc[h];
         workgroupBarrier();
@@ -150,8 +210,34 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 sum += scores[h * THREADS + i];
                 y += partials[i];
             }
-            out[out_at + head_at + h * HEAD4 + lid] = out_store(y / sum);
+            if (n_parts == 1u) {
+                out[out_at + head_at + h * HEAD4 + lid] = out_store(y / sum);
+            } else {
+                let at = part_at(heads_at, part, h);
+                for (var c = 0u; c < 4u; c++) {
+                    part_store(at + lid * 4u + c, y[c]);
+                }
+                if (lid == 0u) {
+                    part_store(at + 4u * HEAD4, rescale[h]);
+                    part_store(at + 4u * HEAD4 + 1u, sum);
+                }
+            }
         }
         workgroupBarrier();
+    }
+    if (n_parts == 1u) {
+        return;
+    }
+    storageBarrier();
+    if (lid == 0u) {
+        n_done = atomicAdd(&done[heads_at], 1u) + 1u;
+    }
+    if (workgroupUniformLoad(&n_done) < n_parts) {
+        return;
+    }
+    storageBarrier();
+    combine(heads_at, n_parts, n_live, out_at + head_at, lid);
+    if (lid == 0u) {
+        atomicStore(&done[heads_at], 0u);
     }
 }

@@ -26,15 +26,13 @@ struct Params {
 @group(0) @binding(5) var<storage, read> routed: array<f32>;  // [tokens, top_k] if COMBINE
 @group(0) @binding(6) var<storage, read_write> out: array<out4>;  // [slots or tokens, out_stride4]
 
-override LANES: u32 = 8u;
-override COMBINE: bool = false;  // out += weighted sum over slots, else silu(gate) * up per slot
+// out += weighted sum over slots, else silu(gate) * up per slot, which needs two sets. If SHARE is
+// larger than LANES, groups of LANES threads share out the slots of a token instead of the rows.
+override COMBINE: bool = false;
 
-// Thread groups share out the slots of a token instead of the rows, if COMBINE.
-override SPLIT: bool = false;
-
-const THREADS: u32 = 64u;
-
-var<workgroup> split_sums: array<vec4<f32>, THREADS>;  // [thread groups], the rest unused
+fn activation(t: u32, row: u32, col4: u32) -> vec4<f32> {
+    return act_load(x[row * p.x_stride4 + col4]);
+}
 
 // The slot's expert as an index into the bank, or -1 where it is elsewhere.
 fn bank_expert(slot: u32) -> i32 {
@@ -48,49 +46,37 @@ fn gated(slot: u32, row: u32, live: bool, lid: u32) {
         return;
     }
     let gate_row = u32(expert) * 2u * p.n_rows + row;
-    dot_rows(gate_row, slot / p.top_k, 1u, lid % LANES, LANES);
-    let gate = sum_dots(0u, lid, LANES);
-    dot_rows(gate_row + p.n_rows, slot / p.top_k, 1u, lid % LANES, LANES);
-    let up = sum_dots(0u, lid, LANES);
-    if (live && lid % LANES == 0u) {
+    dot_rows(gate_row, gate_row + p.n_rows, slot / p.top_k, 1u, lid % LANES);
+    sum_dots(lid);
+    if (live && lid % SHARE == 0u) {
+        let gate = dots_of(0u, 0u, lid);
+        let up = dots_of(0u, 1u, lid);
         out[slot * p.out_stride4 + row / 4u] = out_store(gate / (1.0 + exp(-gate)) * up);
     }
 }
 
 fn combine(token: u32, row: u32, live: bool, lid: u32) {
     var sum = vec4(0.0);
-    let step = select(1u, THREADS / LANES, SPLIT);
-    let first = token * p.top_k + select(0u, lid / LANES, SPLIT);
-    for (var slot = first; slot < (token + 1u) * p.top_k; slot += step) {
+    let first = token * p.top_k + lid % SHARE / LANES;
+    for (var slot = first; slot < (token + 1u) * p.top_k; slot += SHARE / LANES) {
         let expert = bank_expert(slot);
         if (expert >= 0) {
-            dot_rows(u32(expert) * p.n_rows + row, slot, 1u, lid % LANES, LANES);
+            let expert_row = u32(expert) * p.n_rows + row;
+            dot_rows(expert_row, expert_row, slot, 1u, lid % LANES);
             sum += routed[slot] * dots[0];
         }
     }
     dots[0] = sum;
-    var y = sum_dots(0u, lid, LANES);
-    if (SPLIT) {
-        split_sums[lid / LANES] = y;
-        workgroupBarrier();
-        y = split_sums[0];
-        for (var i = 1u; i < step; i++) {
-            y += split_sums[i];
-        }
-    }
-    let writer = select(lid % LANES, lid, SPLIT) == 0u;
-    if (live && writer) {
+    sum_dots(lid);
+    if (live && lid % SHARE == 0u) {
         let at = token * p.out_stride4 + row / 4u;
-        out[at] = out_store(out_load(out[at]) + y);
+        out[at] = out_store(out_load(out[at]) + dots_of(0u, 0u, lid));
     }
 }
 
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-    var row = (group.x * (THREADS / LANES) + lid / LANES) * 4u;
-    if (SPLIT) {
-        row = group.x * 4u;
-    }
+    let row = (group.x * (THREADS / SHARE) + lid / SHARE) * 4u;
     let live = row < p.n_rows;
     let read_row = select(0u, row, live);
     if (COMBINE) {

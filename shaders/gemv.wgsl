@@ -15,6 +15,8 @@ struct Params {
     out_stride4: u32,
     out_col4: u32,       // first output column in vec4s
     grid_x: u32,
+    norm_cols: u32,      // true width, over which the mean is taken, if NORM
+    eps: f32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -23,15 +25,23 @@ struct Params {
 @group(0) @binding(3) var<storage, read> bias: array<vec4<f32>>;     // [n_rows / 4] if BIAS
 @group(0) @binding(4) var<storage, read> x: array<act4>;             // [n_tokens, x_stride4]
 @group(0) @binding(5) var<storage, read_write> out: array<out4>;     // [n_tokens, out_stride4]
+@group(0) @binding(6) var<storage, read> gain: array<vec4<f32>>;     // [x_stride4] if NORM
 
-override LANES: u32 = 8u;
 override BIAS: bool = false;
 override ADD: bool = false;    // out += product, else out = product
-override GATED: bool = false;  // out = silu(first half) * second half
+override GATED: bool = false;  // out = silu(first half) * second half; needs two sets
 
-const THREADS: u32 = 64u;
+// Normalised but for the factor of the whole row, which comes last.
+fn activation(t: u32, row: u32, col4: u32) -> vec4<f32> {
+    let v = act_load(x[row * p.x_stride4 + col4]);
+    if (!NORM) {
+        return v;
+    }
+    squares[t] += dot(v, v);
+    return v * gain[col4];
+}
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
     let lane = lid % LANES;
     let row = ((group.x + group.y * p.grid_x) * (THREADS / LANES) + lid / LANES) * 4u;
@@ -39,23 +49,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let read_row = select(0u, row, live);
     let token = group.z * TOKENS;
     let n_live = min(TOKENS, p.n_tokens - token);
-    dot_rows(read_row, token, n_live, lane, LANES);
-    var gates: array<vec4<f32>, 8>;
-    if (GATED) {
-        for (var t = 0u; t < TOKENS; t++) {
-            gates[t] = sum_dots(t, lid, LANES);
-        }
-        dot_rows(p.n_rows + read_row, token, n_live, lane, LANES);
-    }
+    dot_rows(read_row, p.n_rows + read_row, token, n_live, lane);
+    sum_dots(lid);
     for (var t = 0u; t < TOKENS; t++) {
-        var y = sum_dots(t, lid, LANES);
-        if (BIAS) {
-            y += bias[read_row / 4u];
-        }
-        if (GATED) {
-            y *= gates[t] / (1.0 + exp(-gates[t]));
-        }
         if (live && lane == t % LANES && t < n_live) {
+            var y = dots_of(t, 0u, lid);
+            var scale = 1.0;
+            if (NORM) {
+                scale = inverseSqrt(squares_of(t, lid) / f32(p.norm_cols) + p.eps);
+                y *= scale;
+            }
+            if (BIAS) {
+                y += bias[row / 4u];
+            }
+            if (GATED) {
+                y = y / (1.0 + exp(-y)) * (dots_of(t, 1u, lid) * scale);
+            }
             let at = (token + t) * p.out_stride4 + p.out_col4 + row / 4u;
             if (ADD) {
                 y += out_load(out[at]);

@@ -18,6 +18,8 @@ mod cli;
 mod contract;
 /// The shipped model computes what transformers computed for it.
 mod default_model;
+/// Launches per layer, and how dummy weights route.
+mod dispatches;
 /// Devices that fail under the engine and the server.
 mod faults;
 /// Every architecture against its golden, and verify against corrupted goldens.

@@ -161,6 +161,7 @@ async fn a_wrong_field_is_a_400_that_names_it() {
         ("logit_bias", json!({"x": 1})),
         ("allowed_token_ids", json!([])),
         ("allowed_token_ids", json!([4096])),
+        ("min_tokens", json!(13)),
         ("stop_token_ids", json!([4096])),
         ("top_logprobs", json!(21)),
         ("top_logprobs", json!(2)),

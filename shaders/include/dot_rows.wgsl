@@ -1,79 +1,186 @@
-// Dot products of four neighbouring weight rows with up to 8 activation rows, 16 bytes of weights
-// a lane and load. Expects `weights`, `x` and a weight format in scope.
+// Dot products of four neighbouring weight rows, or of SETS times four, with up to 8 activation
+// rows, 16 bytes of weights a lane and load. Expects `weights`, a weight format and
+// `activation(t, row, col4)`, the vec4 of an activation row, in scope.
 
-// Tokens that share one reading of the weights; 1 to 8.
+override THREADS: u32 = 64u;
+
+// Tokens that share one reading of the weights; at most 8.
 override TOKENS: u32 = 1u;
 
-// Sixteen loads in flight: hides the latency of a GPU's memory, but makes long code.
-override DEEP: bool = false;
+// 2: rows further down, the ups of gates, at the same time.
+override SETS: u32 = 1u;
 
-// This lane's share of each token's four sums.
-var<private> dots: array<vec4<f32>, 8>;
+// Threads that share the chunks of a row, those that add up to its sum, and those that do so
+// without a barrier of the workgroup: powers of two.
+override LANES: u32 = 8u;
+override SHARE: u32 = 8u;
+override SUBLANES: u32 = 8u;
+
+// Chunks in a row, to unroll the loop over them: all loads of a lane are under way at once, which
+// hides the latency of a GPU's memory but makes long code. 0: as many as the parameters say.
+override CHUNKS: u32 = 0u;
+
+// Whether squares of activations are summed, too.
+override NORM: bool = false;
+
+// This thread's part of the sums, [TOKENS, SETS].
+var<private> dots: array<vec4<f32>, 16>;
+var<private> squares: array<f32, 8>;
+
+// Sums over SUBLANES threads. [THREADS / SUBLANES, TOKENS * SETS] and [.., TOKENS]
+var<workgroup> part_dots: array<vec4<f32>, 256>;
+var<workgroup> part_squares: array<f32, 128>;
 
 // Written out, since an indexed vector is slow where a driver does not unroll the loop.
-fn chunk_dot(chunk: vec4<u32>, x_chunk: u32) -> f32 {
-    var sum = dot(weight4(chunk, 0u), act_load(x[x_chunk]));
+fn chunk_dot(chunk: vec4<u32>, x: mat4x4<f32>) -> f32 {
+    var sum = dot(weight4(chunk, 0u), x[0]);
     if (CHUNK > 4u) {
-        sum += dot(weight4(chunk, 1u), act_load(x[x_chunk + 1u]));
+        sum += dot(weight4(chunk, 1u), x[1]);
     }
     if (CHUNK > 8u) {
-        sum += dot(weight4(chunk, 2u), act_load(x[x_chunk + 2u]));
-        sum += dot(weight4(chunk, 3u), act_load(x[x_chunk + 3u]));
+        sum += dot(weight4(chunk, 2u), x[2]);
+        sum += dot(weight4(chunk, 3u), x[3]);
     }
     return sum;
 }
 
-// Adds the products of one chunk of four rows.
-fn add_chunks(row: u32, x_row: u32, n_live: u32, c: u32,
-              w0: vec4<u32>, w1: vec4<u32>, w2: vec4<u32>, w3: vec4<u32>) {
-    let scale = vec4(weight_scale(row, c), weight_scale(row + 1u, c),
-                     weight_scale(row + 2u, c), weight_scale(row + 3u, c));
-    for (var t = 0u; t < TOKENS; t++) {
-        let x_chunk = (x_row + min(t, n_live - 1u)) * p.x_stride4 + c * (CHUNK / 4u);
-        dots[t] += scale * vec4(chunk_dot(w0, x_chunk), chunk_dot(w1, x_chunk),
-                                chunk_dot(w2, x_chunk), chunk_dot(w3, x_chunk));
+fn activations(t: u32, x_row: u32, chunk: u32) -> mat4x4<f32> {
+    let col = chunk * (CHUNK / 4u);
+    var x: mat4x4<f32>;
+    x[0] = activation(t, x_row, col);
+    if (CHUNK > 4u) {
+        x[1] = activation(t, x_row, col + 1u);
     }
+    if (CHUNK > 8u) {
+        x[2] = activation(t, x_row, col + 2u);
+        x[3] = activation(t, x_row, col + 3u);
+    }
+    return x;
 }
 
-// Sets dots[t] for rows row..row+4 and activation rows x_row..x_row+n_live, over the chunks
-// lane, lane + lanes, ...
-fn dot_rows(row: u32, x_row: u32, n_live: u32, lane: u32, lanes: u32) {
-    for (var t = 0u; t < TOKENS; t++) {
-        dots[t] = vec4(0.0);
+// Adds the products of one chunk.
+fn add_chunk(row: u32, up_row: u32, x_row: u32, n_live: u32, c: u32) {
+    let at = row * p.n_chunks + c;
+    let w0 = weights[at];
+    let w1 = weights[at + p.n_chunks];
+    let w2 = weights[at + 2u * p.n_chunks];
+    let w3 = weights[at + 3u * p.n_chunks];
+    var u0 = w0;
+    var u1 = w1;
+    var u2 = w2;
+    var u3 = w3;
+    if (SETS == 2u) {
+        let at = up_row * p.n_chunks + c;
+        u0 = weights[at];
+        u1 = weights[at + p.n_chunks];
+        u2 = weights[at + 2u * p.n_chunks];
+        u3 = weights[at + 3u * p.n_chunks];
     }
-    let r0 = row * p.n_chunks;
-    let r1 = r0 + p.n_chunks;
-    let r2 = r1 + p.n_chunks;
-    let r3 = r2 + p.n_chunks;
-    var c = lane;
-    if (DEEP) {
-        for (; c + 3u * lanes < p.n_chunks; c += 4u * lanes) {
-            let d = c + lanes;
-            let e = d + lanes;
-            let f = e + lanes;
-            let c0 = weights[r0 + c]; let c1 = weights[r1 + c];
-            let c2 = weights[r2 + c]; let c3 = weights[r3 + c];
-            let d0 = weights[r0 + d]; let d1 = weights[r1 + d];
-            let d2 = weights[r2 + d]; let d3 = weights[r3 + d];
-            let e0 = weights[r0 + e]; let e1 = weights[r1 + e];
-            let e2 = weights[r2 + e]; let e3 = weights[r3 + e];
-            let f0 = weights[r0 + f]; let f1 = weights[r1 + f];
-            let f2 = weights[r2 + f]; let f3 = weights[r3 + f];
-            add_chunks(row, x_row, n_live, c, c0, c1, c2, c3);
-            add_chunks(row, x_row, n_live, d, d0, d1, d2, d3);
-            add_chunks(row, x_row, n_live, e, e0, e1, e2, e3);
-            add_chunks(row, x_row, n_live, f, f0, f1, f2, f3);
+    var scale = vec4(1.0);
+    var up_scale = vec4(1.0);
+    if (!scale_is_per_row()) {
+        scale = scales4(row, c);
+        up_scale = scales4(up_row, c);
+    }
+    for (var t = 0u; t < TOKENS; t++) {
+        let x = activations(t, x_row + min(t, n_live - 1u), c);
+        dots[t * SETS] += scale * vec4(chunk_dot(w0, x), chunk_dot(w1, x),
+                                       chunk_dot(w2, x), chunk_dot(w3, x));
+        if (SETS == 2u) {
+            dots[t * SETS + 1u] += up_scale * vec4(chunk_dot(u0, x), chunk_dot(u1, x),
+                                                   chunk_dot(u2, x), chunk_dot(u3, x));
         }
     }
-    for (; c < p.n_chunks; c += lanes) {
-        add_chunks(row, x_row, n_live, c,
-                   weights[r0 + c], weights[r1 + c], weights[r2 + c], weights[r3 + c]);
+}
+
+fn scales4(row: u32, c: u32) -> vec4<f32> {
+    return vec4(weight_scale(row, c), weight_scale(row + 1u, c),
+                weight_scale(row + 2u, c), weight_scale(row + 3u, c));
+}
+
+// Sets `dots` for rows row..row+4, up_row..up_row+4 if there are two sets, and activation rows
+// x_row..x_row+n_live, over the chunks lane, lane + LANES, ...
+fn dot_rows(row: u32, up_row: u32, x_row: u32, n_live: u32, lane: u32) {
+    for (var i = 0u; i < TOKENS * SETS; i++) {
+        dots[i] = vec4(0.0);
+    }
+    for (var t = 0u; t < TOKENS; t++) {
+        squares[t] = 0.0;
+    }
+    if (CHUNKS > 0u) {
+        for (var i = 0u; i < CHUNKS / LANES; i++) {
+            add_chunk(row, up_row, x_row, n_live, lane + i * LANES);
+        }
+        if (lane < CHUNKS % LANES) {
+            add_chunk(row, up_row, x_row, n_live, CHUNKS - CHUNKS % LANES + lane);
+        }
+    } else {
+        for (var c = lane; c < p.n_chunks; c += LANES) {
+            add_chunk(row, up_row, x_row, n_live, c);
+        }
+    }
+    if (scale_is_per_row()) {
+        let scale = scales4(row, 0u);
+        for (var t = 0u; t < TOKENS; t++) {
+            dots[t * SETS] *= scale;
+        }
+        if (SETS == 2u) {
+            let up_scale = scales4(up_row, 0u);
+            for (var t = 0u; t < TOKENS; t++) {
+                dots[t * SETS + 1u] *= up_scale;
+            }
+        }
     }
 }
 
-// The complete sums of token t, in every lane. All threads of the workgroup must call it together.
-fn sum_dots(t: u32, lid: u32, lanes: u32) -> vec4<f32> {
-    let d = dots[t];
-    return vec4(sum_lanes(d.x, lid, lanes), sum_lanes(d.y, lid, lanes),
-                sum_lanes(d.z, lid, lanes), sum_lanes(d.w, lid, lanes));
+// Adds up over SHARE threads. All threads of the workgroup must call it together, once.
+fn sum_dots(lid: u32) {
+    for (var i = 0u; i < TOKENS * SETS; i++) {
+        let d = dots[i];
+        dots[i] = vec4(sum_lanes(d.x, lid, SUBLANES), sum_lanes(d.y, lid, SUBLANES),
+                       sum_lanes(d.z, lid, SUBLANES), sum_lanes(d.w, lid, SUBLANES));
+    }
+    if (NORM) {
+        for (var t = 0u; t < TOKENS; t++) {
+            squares[t] = sum_lanes(squares[t], lid, SUBLANES);
+        }
+    }
+    if (SHARE > SUBLANES) {
+        if (lid % SUBLANES == 0u) {
+            for (var i = 0u; i < TOKENS * SETS; i++) {
+                part_dots[lid / SUBLANES * (TOKENS * SETS) + i] = dots[i];
+            }
+            for (var t = 0u; t < TOKENS; t++) {
+                part_squares[lid / SUBLANES * TOKENS + t] = squares[t];
+            }
+        }
+        workgroupBarrier();
+    }
+}
+
+// The complete sums of token t and a set of rows.
+fn dots_of(t: u32, rows: u32, lid: u32) -> vec4<f32> {
+    let i = t * SETS + rows;
+    if (SHARE == SUBLANES) {
+        return dots[i];
+    }
+    let first = lid / SHARE * (SHARE / SUBLANES);
+    var sum = vec4(0.0);
+    for (var s = first; s < first + SHARE / SUBLANES; s++) {
+        sum += part_dots[s * (TOKENS * SETS) + i];
+    }
+    return sum;
+}
+
+// The complete sum of the squares of token t.
+fn squares_of(t: u32, lid: u32) -> f32 {
+    if (SHARE == SUBLANES) {
+        return squares[t];
+    }
+    let first = lid / SHARE * (SHARE / SUBLANES);
+    var sum = 0.0;
+    for (var s = first; s < first + SHARE / SUBLANES; s++) {
+        sum += part_squares[s * TOKENS + t];
+    }
+    return sum;
 }

@@ -110,7 +110,8 @@ mod tests {
             n_experts: 1,
             ..bank
         };
-        rec.push(Gemv { label: "test", weights, bias: None, x, out, out_col: 0, store });
+        let (label, bias, norm, out_col) = ("test", None, None, 0);
+        rec.push(Gemv { label, weights, bias, x, norm, out, out_col, store });
         let routing = Routing {
             scoring: Scoring::Softmax,
             n_experts,

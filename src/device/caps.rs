@@ -49,6 +49,9 @@ pub struct Caps {
     pub offset_alignment: u32,
     /// GPU timestamps around a pass.
     pub timestamps: bool,
+    /// A storage barrier orders accesses for workgroups of the whole device, as translations to
+    /// Vulkan and DirectX do; WebGPU promises it within a workgroup only.
+    pub ordered_groups: bool,
     /// The adapter runs on the CPU (lavapipe, SwiftShader, the twins).
     pub software: bool,
 }
@@ -67,6 +70,7 @@ impl Caps {
             max_grid: 65_535,
             offset_alignment: 256,
             timestamps: false,
+            ordered_groups: false,
             software: false,
         }
     }
@@ -90,6 +94,7 @@ impl Caps {
             let core = Self::portable();
             caps.f16 = false;
             caps.subgroups = None;
+            caps.ordered_groups = false;
             caps.max_binding_bytes = caps.max_binding_bytes.min(core.max_binding_bytes);
             caps.max_buffer_bytes = caps.max_buffer_bytes.min(core.max_buffer_bytes);
             caps.max_workgroup_bytes = caps.max_workgroup_bytes.min(core.max_workgroup_bytes);

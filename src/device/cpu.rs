@@ -206,6 +206,7 @@ pub(crate) fn caps() -> Caps {
         max_binding_bytes: u64::MAX,
         max_buffer_bytes: u64::MAX,
         offset_alignment: 8,
+        ordered_groups: true,
         software: true,
         ..Caps::portable()
     }

@@ -1,12 +1,12 @@
 //! A wgpu device: buffers and pipelines.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use super::{
-    Access, BufferId, Caps, CopyPart, DeviceError, Dispatch, Shader, Tier, adapter,
+    BufferId, Caps, CopyPart, DeviceError, Dispatch, Shader, Tier, adapter,
     failure::{Failure, Faults},
+    pipelines::{Pipeline, Pipelines},
     plan::StagingPool,
-    shader,
 };
 
 /// An opened adapter with its buffers and compiled pipelines.
@@ -15,7 +15,7 @@ pub struct Gpu {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     buffers: Vec<Option<wgpu::Buffer>>,
-    pipelines: HashMap<Shader, Pipeline>,
+    pipelines: Pipelines,
     caps: Caps,
     info: adapter::AdapterInfo,
     memory_bytes: Option<u64>,
@@ -26,16 +26,10 @@ pub struct Gpu {
     pub(super) staging: StagingPool,
 }
 
-/// A compiled shader variant.
-#[derive(Debug, Clone)]
-pub(super) struct Pipeline {
-    pub(super) pipeline: wgpu::ComputePipeline,
-    pub(super) layout: wgpu::BindGroupLayout,
-}
-
 const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16
     .union(wgpu::Features::SUBGROUP)
-    .union(wgpu::Features::TIMESTAMP_QUERY);
+    .union(wgpu::Features::TIMESTAMP_QUERY)
+    .union(wgpu::Features::PIPELINE_CACHE);
 
 pub(super) fn caps_of(adapter: &wgpu::Adapter) -> Caps {
     let (features, limits, info) = (adapter.features(), adapter.limits(), adapter.get_info());
@@ -60,6 +54,7 @@ pub(super) fn caps_of(adapter: &wgpu::Adapter) -> Caps {
         max_grid: limits.max_compute_workgroups_per_dimension,
         offset_alignment: limits.min_storage_buffer_offset_alignment,
         timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+        ordered_groups: matches!(info.backend, wgpu::Backend::Vulkan | wgpu::Backend::Dx12),
         software: info.device_type == wgpu::DeviceType::Cpu,
     }
 }
@@ -120,7 +115,7 @@ impl Gpu {
         device.set_device_lost_callback(move |reason, message| {
             sink.set(DeviceError::Lost { message: format!("{reason:?}: {message}") });
         });
-        let (buffers, pipelines) = (Vec::new(), HashMap::new());
+        let (buffers, pipelines) = (Vec::new(), Pipelines::open(&device, &adapter.get_info()));
         let (bytes, peak_bytes, staging) = (0, 0, StagingPool::default());
         Ok(Self {
             device,
@@ -282,75 +277,13 @@ impl Gpu {
         self.queue.write_buffer(self.buffer(id), offset, bytes);
     }
 
-    /// The compiled pipeline of a dispatch, from the cache or new.
-    pub(super) fn pipeline(&mut self, dispatch: &Dispatch) -> Result<Pipeline, DeviceError> {
-        if let Some(found) = self.pipelines.get(&dispatch.shader) {
-            return Ok(found.clone());
-        }
-        let made = self.compile(dispatch)?;
-        self.pipelines.insert(dispatch.shader.clone(), made.clone());
-        Ok(made)
+    /// Compiles what `dispatches` need and is not there yet.
+    pub(super) fn compile(&mut self, dispatches: &[Dispatch]) -> Result<(), DeviceError> {
+        self.pipelines.prepare(&self.device, &self.failure, dispatches)
     }
 
-    fn compile(&self, dispatch: &Dispatch) -> Result<Pipeline, DeviceError> {
-        let shader = &dispatch.shader;
-        let source = shader::compose(shader)?;
-        let desc = wgpu::ShaderModuleDescriptor {
-            label: Some(shader.stem),
-            source: wgpu::ShaderSource::Wgsl(source.into()),
-        };
-        let checks = wgpu::ShaderRuntimeChecks::unchecked();
-        // SAFETY: the sources are compiled into this program, index only what their kernel binds
-        // (parity tests run them with sentinels around every output) and have bounded loops.
-        let module = unsafe { self.device.create_shader_module_trusted(desc, checks) };
-        let entry = |binding, ty, dynamic| wgpu::BindGroupLayoutEntry {
-            binding,
-            visibility: wgpu::ShaderStages::COMPUTE,
-            ty: wgpu::BindingType::Buffer {
-                ty,
-                has_dynamic_offset: dynamic,
-                min_binding_size: None,
-            },
-            count: None,
-        };
-        let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform, true)];
-        for (i, b) in dispatch.bindings.iter().enumerate() {
-            let read_only = b.access == Access::Read;
-            entries.push(entry(
-                i as u32 + 1,
-                wgpu::BufferBindingType::Storage { read_only },
-                false,
-            ));
-        }
-        let layout = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
-            label: Some(shader.stem),
-            entries: &entries,
-        });
-        let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
-            label: Some(shader.stem),
-            bind_group_layouts: &[Some(&layout)],
-            immediate_size: 0,
-        });
-        let constants: Vec<(&str, f64)> =
-            shader.overrides.iter().map(|&(name, value)| (name, f64::from(value))).collect();
-        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-            label: Some(shader.stem),
-            layout: Some(&pipeline_layout),
-            module: &module,
-            entry_point: None,
-            compilation_options: wgpu::PipelineCompilationOptions {
-                constants: &constants,
-                // Kernels write workgroup memory before they read it.
-                zero_initialize_workgroup_memory: false,
-            },
-            cache: None,
-        });
-        self.check().map_err(|error| match error {
-            DeviceError::Rejected { message } => {
-                DeviceError::Shader { shader: shader.to_string(), message }
-            }
-            other => other,
-        })?;
-        Ok(Pipeline { pipeline, layout })
+    /// The compiled form of a shader that [`Gpu::compile`] has seen.
+    pub(super) fn pipeline(&self, shader: &Shader) -> &Pipeline {
+        self.pipelines.get(shader)
     }
 }

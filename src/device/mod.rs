@@ -6,6 +6,7 @@ mod caps;
 mod cpu;
 mod failure;
 mod gpu;
+mod pipelines;
 mod plan;
 mod recording;
 mod shader;

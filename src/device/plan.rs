@@ -52,6 +52,7 @@ impl Plan {
             mapped_at_creation: false,
         });
         gpu.queue.write_buffer(&uniforms, 0, &block);
+        gpu.compile(&rec.dispatches)?;
         let mut steps = Vec::with_capacity(rec.dispatches.len());
         for (i, d) in rec.dispatches.iter().enumerate() {
             debug_assert!(
@@ -60,7 +61,7 @@ impl Plan {
                 d.label,
                 d.grid
             );
-            let pipeline = gpu.pipeline(d)?;
+            let pipeline = gpu.pipeline(&d.shader);
             let params_size = std::num::NonZeroU64::new(d.params.len() as u64);
             let buffer = |buffer, offset, size| {
                 wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size })
@@ -86,7 +87,7 @@ impl Plan {
                 entries: &entries,
             });
             steps.push(Step {
-                pipeline: pipeline.pipeline,
+                pipeline: pipeline.pipeline.clone(),
                 bind_group,
                 params_offset: (i * stride) as u32,
             });

@@ -174,7 +174,7 @@ impl Engine {
     fn check(&self, request: &Request) -> Result<usize, EngineError> {
         let Request { prompt, params, .. } = request;
         let vocab_size = self.runner.model().spec.vocab_size;
-        params.validate(vocab_size, self.eos.len())?;
+        params.validate(vocab_size, &self.eos)?;
         if prompt.is_empty() {
             return Err(EngineError::EmptyPrompt);
         }

@@ -474,7 +474,7 @@ impl Submission {
         };
         let mut results = self.results(&bytes);
         let routes = |label: &str| {
-            ["router", "grouped_topk", "align_experts"].iter().any(|part| label.contains(part))
+            ["route", "grouped_topk", "align_experts"].iter().any(|part| label.contains(part))
         };
         for timings in self.timings {
             let timings = timings.wait().await?;

@@ -81,9 +81,9 @@ impl SamplingParams {
         (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
     }
 
-    /// Checks values against their ranges, and ids against the vocabulary. `n_eos` tokens end a
+    /// Checks values against their ranges, and ids against the vocabulary; tokens in `eos` end a
     /// text.
-    pub(super) fn validate(&self, vocab_size: usize, n_eos: usize) -> Result<(), EngineError> {
+    pub(super) fn validate(&self, vocab_size: usize, eos: &[u32]) -> Result<(), EngineError> {
         let check = |name, value: f32, range: std::ops::RangeInclusive<f32>, allowed| {
             if range.contains(&value) {
                 Ok(())
@@ -119,12 +119,18 @@ impl SamplingParams {
         if self.allowed_token_ids.as_ref().is_some_and(Vec::is_empty) {
             return refuse("allowed_token_ids", 0, "at least one token");
         }
+        if let Some(allowed) = &self.allowed_token_ids
+            && allowed.iter().all(|id| self.forbids_at_first(*id, eos))
+        {
+            let most = "more than what min_tokens, bad_words and logit_bias forbid";
+            return refuse("allowed_token_ids", allowed.len(), most);
+        }
         let word = self.bad_words.iter().find(|w| w.is_empty() || w.len() > MAX_BAD_WORD);
         if let Some(word) = word {
             return refuse("bad_words", word.len(), "sequences of 1 to 64 tokens");
         }
         let n_biases =
-            self.logit_bias.len() + self.bad_words.len() + self.stop_token_ids.len() + n_eos;
+            self.logit_bias.len() + self.bad_words.len() + self.stop_token_ids.len() + eos.len();
         if n_biases > Sample::MAX_BIASES {
             let name = "logit_bias, bad_words and stop_token_ids";
             return refuse(name, n_biases, "at most 1024 tokens together");
@@ -136,6 +142,14 @@ impl SamplingParams {
             Some(&id) => Err(EngineError::TokenOutOfRange { id, vocab_size }),
             None => Ok(()),
         }
+    }
+
+    /// Whether a token cannot be the answer's first.
+    fn forbids_at_first(&self, id: u32, eos: &[u32]) -> bool {
+        let ends = eos.contains(&id) || self.stop_token_ids.contains(&id);
+        (self.min_tokens > 0 && ends)
+            || self.bad_words.iter().any(|word| *word == [id])
+            || self.logit_bias.contains(&(id, f32::NEG_INFINITY))
     }
 
     /// The kernel's row for the `step`-th token of a request.

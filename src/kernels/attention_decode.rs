@@ -7,7 +7,9 @@ use bytemuck::Pod;
 use half::f16;
 use rayon::prelude::*;
 
-use crate::device::{Binding, Caps, DType, Io, Kernel, Launch, Shader, Tensor, params};
+use crate::device::{
+    Allocate, Binding, Caps, DType, DeviceError, Io, Kernel, Launch, Shader, Tensor, params,
+};
 
 use super::{float_slot, grid_2d};
 
@@ -27,6 +29,8 @@ pub struct AttentionDecode {
     pub block_tables: Tensor,
     /// F32 or F16 `[n, padded(n_heads * head_dim)]`; zero for padding tokens
     pub out: Tensor,
+    /// Room for workgroups that share a context.
+    pub parts: AttentionParts,
     /// Query heads, a multiple of `n_kv_heads`.
     pub n_heads: usize,
     /// Key and value heads.
@@ -57,6 +61,67 @@ params! {
     }
 }
 
+/// Positions that a workgroup takes at once.
+const TILE: usize = 128;
+/// Workgroups that keep a large GPU busy.
+const ENOUGH: usize = 128;
+/// Workgroups that share a context, at most.
+const MOST_PARTS: usize = 16;
+
+/// Query heads of a workgroup, and workgroups that share a context.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Split {
+    heads: usize,
+    parts: usize,
+}
+
+/// Memory through which workgroups that share a context pass on what they have found.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionParts {
+    /// Of each group of heads and part: values, largest score and sum of each head. F32
+    found: Tensor,
+    /// How many parts of a group of heads are done: zero between launches. U32
+    done: Tensor,
+}
+
+impl AttentionParts {
+    /// Room for any launch of this many heads.
+    ///
+    /// # Errors
+    /// [`DeviceError`] where it does not fit.
+    pub fn alloc(
+        device: &mut dyn Allocate,
+        n_heads: usize,
+        n_kv_heads: usize,
+        head_dim: usize,
+    ) -> Result<Self, DeviceError> {
+        let heads = (n_heads / n_kv_heads).next_power_of_two().min(8);
+        let words = ENOUGH * heads * (head_dim + 2);
+        let found = device.alloc("attention parts", &[words], DType::F32)?;
+        let done = device.alloc("attention parts done", &[ENOUGH / 2], DType::U32)?;
+        Ok(Self { found, done })
+    }
+}
+
+impl AttentionDecode {
+    /// Fewer heads a workgroup where there are few tokens, then several workgroups a context.
+    fn split(&self, caps: &Caps) -> Split {
+        let share = self.n_heads / self.n_kv_heads;
+        let lanes = (self.head_dim / 4).next_power_of_two().max(4);
+        let mut heads = share.next_power_of_two().min(8).min(256 / lanes);
+        if caps.software {
+            return Split { heads, parts: 1 };
+        }
+        let groups = |heads| self.tokens.rows() * self.n_kv_heads * share.div_ceil(heads);
+        while heads > 1 && groups(heads) < 16 {
+            heads /= 2;
+        }
+        let n_tiles = (self.block_tables.cols() * self.block_size).div_ceil(TILE);
+        let parts = (ENOUGH / groups(heads).max(1)).min(n_tiles).min(MOST_PARTS);
+        Split { heads, parts: if caps.ordered_groups { parts.max(1) } else { 1 } }
+    }
+}
+
 impl Kernel for AttentionDecode {
     const NAME: &'static str = "attention_decode";
     type Params = AttentionParams;
@@ -65,8 +130,8 @@ impl Kernel for AttentionDecode {
         let head4 = self.head_dim as u32 / 4;
         // At least 4: the shader takes four strides of up to 32 positions at once.
         let lanes = head4.next_power_of_two().max(4);
-        let share = (self.n_heads / self.n_kv_heads) as u32;
-        let heads = share.next_power_of_two().min(8).min(256 / lanes);
+        let Split { heads, parts } = self.split(caps);
+        let n_groups = self.n_kv_heads * (self.n_heads / self.n_kv_heads).div_ceil(heads);
         let n_tokens = self.tokens.rows() as u32;
         let (grid_y, grid_z) = grid_2d(n_tokens, caps);
         Launch {
@@ -75,7 +140,8 @@ impl Kernel for AttentionDecode {
                 .slot("out", float_slot(self.out.dtype, caps))
                 .set("HEAD4", head4)
                 .set("LANES", lanes)
-                .set("HEADS", heads),
+                .set("HEADS", heads as u32)
+                .set("PARTS", parts as u32),
             params: AttentionParams {
                 n_items: n_tokens,
                 n_heads: self.n_heads as u32,
@@ -95,8 +161,10 @@ impl Kernel for AttentionDecode {
                 Binding::read(self.tokens),
                 Binding::read(self.block_tables),
                 Binding::write(self.out),
+                Binding::write(self.parts.found),
+                Binding::write(self.parts.done),
             ],
-            grid: [self.n_kv_heads as u32 * share.div_ceil(heads), grid_y, grid_z],
+            grid: [(n_groups * parts) as u32, grid_y, grid_z],
         }
     }
 
@@ -291,6 +359,10 @@ pub(super) mod tests {
             let (n_heads, n_kv_heads) = case.heads;
             let q = bench.activations(tokens.rows(), n_heads * case.head_dim, F32);
             let out = bench.normal(&[tokens.rows(), padded(n_heads * case.head_dim)], case.out);
+            // Not compared: the twin needs no room.
+            let parts =
+                AttentionParts::alloc(&mut bench.device, n_heads, n_kv_heads, case.head_dim)
+                    .unwrap();
             rec.push(AttentionDecode {
                 q,
                 k_cache,
@@ -298,6 +370,7 @@ pub(super) mod tests {
                 tokens,
                 block_tables,
                 out,
+                parts,
                 n_heads,
                 n_kv_heads,
                 head_dim: case.head_dim,
@@ -336,6 +409,22 @@ pub(super) mod tests {
     fn long_contexts() {
         let case = Case { heads: (2, 1), head_dim: 16, cache: F16, ..CASE };
         run_tokens(case, &[131_072], &[[131_071, 0, 0, 0]]);
+    }
+
+    #[test]
+    fn shared_contexts() {
+        // As many workgroups a context as may be, and contexts that not all of them have a part of.
+        let tokens = [[899, 0, 0, 0], [5, 0, 1, 0], [0, u32::MAX, 0, 0], [300, 0, 0, 0]];
+        for heads in [(8, 2), (5, 1), (12, 1)] {
+            for window in [None, Some(200)] {
+                run_tokens(Case { heads, window, ..CASE }, &[900, 6], &tokens);
+            }
+        }
+        run_tokens(
+            Case { cache: F16, out: F16, head_dim: 128, ..CASE },
+            &[5000],
+            &[[4999, 0, 0, 0]],
+        );
     }
 
     #[test]

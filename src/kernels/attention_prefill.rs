@@ -105,7 +105,7 @@ pub(super) mod tests {
             Recording,
         },
         kernels::{
-            AttentionDecode,
+            AttentionDecode, AttentionParts,
             attention_decode::tests::{CASE, Case, caches, tolerance},
             testing::{Bench, check, gpu},
         },
@@ -210,6 +210,7 @@ pub(super) mod tests {
         });
         let [decoded, out] = [(); 2].map(|()| tensor(&[n, stride], F32, &|_| 0));
         let scale = 0.5;
+        let parts = AttentionParts::alloc(&mut device, n_heads, n_kv_heads, head_dim).unwrap();
         let decode = AttentionDecode {
             q,
             k_cache,
@@ -217,6 +218,7 @@ pub(super) mod tests {
             tokens,
             block_tables,
             out: decoded,
+            parts,
             n_heads,
             n_kv_heads,
             head_dim,

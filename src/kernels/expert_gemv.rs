@@ -9,8 +9,7 @@ use crate::device::{Binding, Caps, Io, Kernel, Launch, Shader, Tensor, params};
 
 use super::{
     Matrix, float_slot,
-    matrix::{Rows, dot, silu},
-    sum_lanes,
+    matrix::{RowShare, Rows, dot, silu},
 };
 
 /// For each slot (token t, choice j) the product of an activation row with the matrix of expert
@@ -71,18 +70,20 @@ impl Kernel for ExpertGemv {
         let combine = self.mode == ExpertMode::Combine;
         assert_eq!(combine, self.weights.is_some(), "routed weights belong to combining products");
         let n_rows = (self.bank.rows / if combine { 1 } else { 2 }) as u32;
-        // A large GPU has room for all slots of a token side by side.
-        let split = combine && !caps.software;
-        let (shader, lanes) = sum_lanes(Shader::new(Self::NAME), caps, if split { 16 } else { 32 });
+        let share = match combine {
+            true => RowShare::of_slots(caps, &self.bank, self.ids.cols() as u32),
+            false => {
+                let n_quads = n_rows.div_ceil(4) * self.ids.len() as u32;
+                RowShare::of(caps, &self.bank, n_quads, 2)
+            }
+        };
         let shader = self
             .bank
-            .shader(shader)
+            .shader(share.shader(Shader::new(Self::NAME), caps))
             .slot("act", float_slot(self.x.dtype, caps))
             .slot("out", float_slot(self.out.dtype, caps))
-            .set("LANES", lanes)
-            .set("DEEP", !caps.software)
-            .set("COMBINE", combine)
-            .set("SPLIT", split);
+            .set("SETS", if combine { 1u32 } else { 2 })
+            .set("COMBINE", combine);
         Launch {
             shader,
             params: ExpertGemvParams {
@@ -103,11 +104,7 @@ impl Kernel for ExpertGemv {
                 Binding::read(self.weights.unwrap_or(self.bank.weights)),
                 Binding::write(self.out),
             ],
-            grid: [
-                n_rows.div_ceil(4 * if split { 1 } else { 64 / lanes }),
-                self.out.rows() as u32,
-                1,
-            ],
+            grid: [n_rows.div_ceil(4 * share.threads / share.share), self.out.rows() as u32, 1],
         }
     }
 

@@ -127,7 +127,7 @@ pub fn product(rec: &mut Recording, gemm: Gemm) {
         && weights.rows <= 1024
         && x.rows() <= most;
     if x.rows() <= GEMV_TOKENS || narrow {
-        rec.push(Gemv { label, weights, bias, x, out, out_col, store });
+        rec.push(Gemv { label, weights, bias, x, norm: None, out, out_col, store });
     } else {
         rec.push(gemm);
     }
@@ -226,6 +226,8 @@ impl Kernel for Gemm {
             out_stride4,
             out_col4,
             grid_x: io.grid[0],
+            norm_cols: 0,
+            eps: 0.0,
         };
         Gemv::twin(&p, io);
     }

@@ -7,12 +7,13 @@ use rayon::prelude::*;
 use crate::device::{Binding, Caps, Io, Kernel, Launch, Shader, Tensor, params};
 
 use super::{
-    Matrix, Store, float_slot, grid_2d,
-    matrix::{Rows, dot, silu},
-    sum_lanes,
+    Matrix, Norm, Store, float_slot, grid_2d,
+    matrix::{RowShare, Rows, dot, silu},
+    rms_norm::normalise,
 };
 
-/// `out = x * weights^T (+ bias)`, for up to a few dozen rows of `x`.
+/// `out = x * weights^T (+ bias)`, for up to a few dozen rows of `x`, normalised first if asked:
+/// each workgroup does that for itself, which pays for very few rows.
 #[derive(Debug, Clone, Copy)]
 pub struct Gemv {
     /// What profiles call this product.
@@ -21,8 +22,10 @@ pub struct Gemv {
     pub weights: Matrix,
     /// F32 `[rows]`
     pub bias: Option<Tensor>,
-    /// F32 or F16 `[n_tokens, cols]`
+    /// F32 or F16 `[n_tokens, cols]`; F32 if normalised
     pub x: Tensor,
+    /// What becomes of `x` before the product.
+    pub norm: Option<Norm>,
     /// F32 or F16 `[n_tokens, >= rows (or half of them if gated)]`
     pub out: Tensor,
     /// First column of `out`; a multiple of 4.
@@ -42,6 +45,8 @@ params! {
         out_stride4: u32,
         out_col4: u32,
         grid_x: u32,
+        norm_cols: u32,
+        eps: f32,
     }
 }
 
@@ -58,17 +63,19 @@ impl Kernel for Gemv {
         let n_rows = (self.weights.rows / if gated { 2 } else { 1 }) as u32;
         let n_tokens = self.x.rows() as u32;
         // Long code takes a CPU's driver seconds to compile.
-        let tokens = n_tokens.next_power_of_two().min(if caps.software { 2 } else { 8 });
-        let (shader, lanes) = sum_lanes(Shader::new(Self::NAME), caps, 32);
-        let (grid_x, grid_y) = grid_2d(n_rows.div_ceil(4 * (64 / lanes)), caps);
+        let tokens = n_tokens.next_power_of_two().min(if caps.software { 4 } else { 8 });
+        let n_groups = n_tokens.div_ceil(tokens.max(1));
+        let share = RowShare::of(caps, &self.weights, n_rows.div_ceil(4) * n_groups, tokens);
+        let rows = 4 * share.threads / share.lanes;
+        let (grid_x, grid_y) = grid_2d(n_rows.div_ceil(rows), caps);
         let shader = self
             .weights
-            .shader(shader)
+            .shader(share.shader(Shader::new(Self::NAME), caps))
             .slot("act", float_slot(self.x.dtype, caps))
             .slot("out", float_slot(self.out.dtype, caps))
-            .set("LANES", lanes)
-            .set("DEEP", !caps.software)
             .set("TOKENS", tokens)
+            .set("SETS", if gated { 2u32 } else { 1 })
+            .set("NORM", self.norm.is_some())
             .set("BIAS", self.bias.is_some())
             .set("ADD", self.store == Store::Add)
             .set("GATED", gated);
@@ -83,6 +90,8 @@ impl Kernel for Gemv {
                 out_stride4: self.out.cols() as u32 / 4,
                 out_col4: self.out_col as u32 / 4,
                 grid_x,
+                norm_cols: self.norm.map_or(0, |norm| norm.cols as u32),
+                eps: self.norm.map_or(0.0, |norm| norm.eps),
             },
             bindings: vec![
                 Binding::read(self.weights.weights),
@@ -90,8 +99,9 @@ impl Kernel for Gemv {
                 Binding::read(self.bias.unwrap_or(self.weights.weights)),
                 Binding::read(self.x),
                 Binding::write(self.out),
+                Binding::read(self.norm.map_or(self.weights.weights, |norm| norm.weight)),
             ],
-            grid: [grid_x, grid_y, n_tokens.div_ceil(tokens)],
+            grid: [grid_x, grid_y, n_groups],
         }
     }
 
@@ -100,8 +110,14 @@ impl Kernel for Gemv {
         let rows = Rows::new(&weights, &scales, io.shader, p.n_chunks);
         let option = |name| io.shader.override_value(name) == Some(1);
         let bias = option("BIAS").then(|| io.floats(2));
-        let x = io.floats(3);
         let (n_rows, x_stride) = (p.n_rows as usize, p.x_stride4 as usize * 4);
+        let mut x = io.floats(3);
+        if option("NORM") {
+            let gain = io.floats(5);
+            for x in x.chunks_exact_mut(x_stride) {
+                x.copy_from_slice(&normalise(x, &gain, p.norm_cols, p.eps));
+            }
+        }
         let product = |row: usize| -> Vec<f64> {
             let weights = rows.row(row);
             let x_rows = x.chunks(x_stride).take(p.n_tokens as usize);
@@ -158,7 +174,36 @@ mod tests {
                     let x = bench.activations(n_tokens, cols, F32);
                     let out = bench.normal(&[n_tokens, weights.rows + 32], F32);
                     let bias = (store != Store::Gated).then(|| bench.normal(&[weights.rows], F32));
-                    rec.push(Gemv { label: "test", weights, bias, x, out, out_col: 32, store });
+                    let norm = None;
+                    rec.push(Gemv {
+                        label: "test",
+                        weights,
+                        bias,
+                        x,
+                        norm,
+                        out,
+                        out_col: 32,
+                        store,
+                    });
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn normalises_its_input() {
+        for format in FORMATS {
+            check(1e-7, |bench, rec| {
+                for (n_tokens, rows, cols, store) in
+                    [(1, 40, 24, Store::Set), (3, 96, 500, Store::Gated), (9, 64, 4096, Store::Add)]
+                {
+                    let weights = bench.matrix(format, 1, rows, cols);
+                    let x = bench.activations(n_tokens, cols, F32);
+                    let weight = bench.activations(1, cols, F32);
+                    let norm = Some(Norm { weight, cols, eps: 0.5 });
+                    let out = bench.normal(&[n_tokens, weights.rows], F32);
+                    let (label, bias, out_col) = ("test", None, 0);
+                    rec.push(Gemv { label, weights, bias, x, norm, out, out_col, store });
                 }
             });
         }
@@ -172,7 +217,8 @@ mod tests {
             let x = bench.activations(2, 96, F16);
             let out = bench.normal(&[2, 64], F16);
             let store = Store::Gated;
-            rec.push(Gemv { label: "test", weights, bias: None, x, out, out_col: 0, store });
+            let (label, bias, norm, out_col) = ("test", None, None, 0);
+            rec.push(Gemv { label, weights, bias, x, norm, out, out_col, store });
         });
     }
 }

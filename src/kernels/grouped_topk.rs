@@ -9,8 +9,8 @@ use super::grid_2d;
 
 /// Limits of the shader's workgroup memory.
 const MAX_EXPERTS: usize = 1024;
-const MAX_TOP_K: usize = 64;
-const MAX_GROUPS: usize = 32;
+pub(super) const MAX_TOP_K: usize = 64;
+pub(super) const MAX_GROUPS: usize = 32;
 
 /// How scores follow from logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -169,7 +169,7 @@ impl Kernel for GroupedTopk {
 }
 
 /// One token.
-fn route(
+pub(super) fn route(
     p: &GroupedTopkParams,
     scoring: Scoring,
     logits: &[f32],       // [n_experts]

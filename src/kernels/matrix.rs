@@ -1,9 +1,11 @@
 //! Weight matrices on the device, as the product kernels bind them.
 
 use crate::{
-    device::{Shader, Tensor},
+    device::{Caps, Shader, Tensor},
     weights::WeightFormat,
 };
+
+use super::sum_lanes;
 
 /// A handle to packed weights `[n_experts, rows, cols]`, rows and columns padded with zeros to a
 /// multiple of [`crate::weights::PAD`]. A plain matrix has one expert.
@@ -65,6 +67,71 @@ impl Matrix {
             }
         }
     }
+}
+
+/// How the threads of a workgroup share rows of weights in `include/dot_rows.wgsl`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RowShare {
+    /// Threads of the workgroup.
+    pub(crate) threads: u32,
+    /// Threads that share the chunks of a row.
+    pub(crate) lanes: u32,
+    /// Threads that add up to a sum; at least `lanes`.
+    pub(crate) share: u32,
+    /// Chunks of a row if its loop is to be unrolled, else 0.
+    chunks: u32,
+}
+
+/// Threads that keep a large GPU busy.
+const MANY_THREADS: u32 = 1 << 16;
+
+impl RowShare {
+    /// Shares the rows of `weights`, four at a time, for `n_quads` of these products at once. Each
+    /// reads its weights for `tokens` rows of activations.
+    pub(crate) fn of(caps: &Caps, weights: &Matrix, n_quads: u32, tokens: u32) -> Self {
+        if caps.software {
+            return Self::software();
+        }
+        let n_chunks = weights.n_chunks();
+        let mut lanes = 32;
+        while lanes < 128 && n_quads * lanes < MANY_THREADS && n_chunks >= 2 * lanes {
+            lanes *= 2;
+        }
+        Self { threads: 128, lanes, share: lanes, chunks: unrolled(n_chunks, lanes, tokens) }
+    }
+
+    /// Shares rows and, between groups of threads, up to `n_slots` vectors that they are
+    /// multiplied with.
+    pub(crate) fn of_slots(caps: &Caps, weights: &Matrix, n_slots: u32) -> Self {
+        if caps.software {
+            return Self::software();
+        }
+        let (threads, n_chunks) = (128, weights.n_chunks());
+        let lanes = (threads / n_slots.next_power_of_two()).clamp(8, 64);
+        Self { threads, lanes, share: threads, chunks: unrolled(n_chunks, lanes, 1) }
+    }
+
+    /// Few threads and short code, since a CPU runs threads one after another and takes seconds
+    /// to compile long code.
+    fn software() -> Self {
+        Self { threads: 64, lanes: 8, share: 8, chunks: 0 }
+    }
+
+    /// Fills the slot `sum` and sets the overrides.
+    pub(crate) fn shader(&self, shader: Shader, caps: &Caps) -> Shader {
+        let (shader, sublanes) = sum_lanes(shader, caps, self.share.min(32));
+        shader
+            .set("THREADS", self.threads)
+            .set("LANES", self.lanes)
+            .set("SHARE", self.share)
+            .set("SUBLANES", sublanes)
+            .set("CHUNKS", self.chunks)
+    }
+}
+
+/// Chunks of a row if not too much code comes of unrolling, else 0.
+fn unrolled(n_chunks: u32, lanes: u32, tokens: u32) -> u32 {
+    if n_chunks.div_ceil(lanes) * tokens <= 16 { n_chunks } else { 0 }
 }
 
 /// A twin's view of the bindings `weights` and `scales` of a product kernel.

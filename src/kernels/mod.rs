@@ -19,6 +19,7 @@ mod map_experts;
 mod matrix;
 mod rms_norm;
 mod rope_kv_write;
+mod route;
 mod sample;
 mod silu_mul;
 
@@ -27,7 +28,7 @@ mod testing;
 
 pub use align_experts::{AlignExperts, AlignPhase, AlignShape, Aligned, align_experts};
 pub use attention_coop::{AttentionCoop, attend_tiles};
-pub use attention_decode::AttentionDecode;
+pub use attention_decode::{AttentionDecode, AttentionParts};
 pub use attention_prefill::{AttentionPrefill, TILE as PREFILL_TILE};
 pub use combine_experts::CombineExperts;
 pub use copy::Copy;
@@ -41,8 +42,9 @@ pub use grouped_topk::{GroupedTopk, Routing, Scoring};
 pub use logprobs::Logprobs;
 pub use map_experts::MapExperts;
 pub use matrix::{Matrix, Store};
-pub use rms_norm::RmsNorm;
+pub use rms_norm::{Norm, RmsNorm};
 pub use rope_kv_write::{QkNorm, RopeKvWrite};
+pub use route::Route;
 pub use sample::{Sample, SamplingRow};
 pub use silu_mul::SiluMul;
 

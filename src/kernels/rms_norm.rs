@@ -4,6 +4,24 @@ use crate::device::{Binding, Caps, Io, Kernel, Launch, Shader, Tensor, params};
 
 use super::{float_slot, grid_2d, sum_lanes};
 
+/// A root mean square normalisation, for kernels that apply it to their input.
+#[derive(Debug, Clone, Copy)]
+pub struct Norm {
+    /// F32 `[padded cols]`, zero in the padding
+    pub weight: Tensor,
+    /// True width, over which the mean is taken.
+    pub cols: usize,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// `v / sqrt(mean(v^2) + eps) * weight`, where the mean is over `cols`.
+pub(super) fn normalise(v: &[f32], weight: &[f32], cols: u32, eps: f32) -> Vec<f32> {
+    let squares: f64 = v.iter().map(|&v| f64::from(v).powi(2)).sum();
+    let scale = 1.0 / (squares / f64::from(cols) + f64::from(eps)).sqrt();
+    v.iter().zip(weight).map(|(&v, &w)| (f64::from(v) * scale * f64::from(w)) as f32).collect()
+}
+
 /// `out[i] = norm(x[i])` or `out[i] = norm(x[rows[i]])`, with
 /// `norm(v) = v / sqrt(mean(v^2) + eps) * weight`.
 #[derive(Debug, Clone, Copy)]
@@ -12,14 +30,10 @@ pub struct RmsNorm {
     pub x: Tensor,
     /// Rows of `x` to take, U32 `[n_out]`; all of them in order if absent.
     pub rows: Option<Tensor>,
-    /// F32 `[padded cols]`, zero in the padding
-    pub weight: Tensor,
+    /// What to do with them.
+    pub norm: Norm,
     /// F32 or F16 `[n_out, padded cols]`
     pub out: Tensor,
-    /// True width, over which the mean is taken.
-    pub cols: usize,
-    /// Added to the mean square.
-    pub eps: f32,
 }
 
 params! {
@@ -50,15 +64,15 @@ impl Kernel for RmsNorm {
                 .set("GATHER", self.rows.is_some()),
             params: RmsNormParams {
                 n_rows: self.out.rows() as u32,
-                cols: self.cols as u32,
+                cols: self.norm.cols as u32,
                 stride4: self.out.cols() as u32 / 4,
                 grid_x,
-                eps: self.eps,
+                eps: self.norm.eps,
             },
             bindings: vec![
                 Binding::read(self.x),
-                Binding::read(self.weight),
-                Binding::read(self.rows.unwrap_or(self.weight)),
+                Binding::read(self.norm.weight),
+                Binding::read(self.rows.unwrap_or(self.norm.weight)),
                 Binding::write(self.out),
             ],
             grid: [grid_x, grid_y, 1],
@@ -72,14 +86,7 @@ impl Kernel for RmsNorm {
         let rows = gather.then(|| io.read::<u32>(2));
         for row in 0..p.n_rows as usize {
             let from = rows.as_ref().map_or(row, |rows| rows[row] as usize);
-            let x = &x[from * stride..][..stride];
-            let squares: f64 = x.iter().map(|&v| f64::from(v).powi(2)).sum();
-            let scale = 1.0 / (squares / f64::from(p.cols) + f64::from(p.eps)).sqrt();
-            let y: Vec<f32> = x
-                .iter()
-                .zip(&*weight)
-                .map(|(&v, &w)| (f64::from(v) * scale * f64::from(w)) as f32)
-                .collect();
+            let y = normalise(&x[from * stride..][..stride], &weight, p.cols, p.eps);
             io.store(3, row * stride, &y);
         }
     }
@@ -103,7 +110,7 @@ mod tests {
                         let x = bench.activations(rows, cols, F32);
                         let weight = bench.activations(1, cols, F32);
                         let out = bench.normal(&[rows, x.cols()], dtype);
-                        rec.push(RmsNorm { x, rows: None, weight, out, cols, eps });
+                        rec.push(RmsNorm { x, rows: None, norm: Norm { weight, cols, eps }, out });
                     });
                 }
             }
@@ -117,7 +124,7 @@ mod tests {
             let weight = bench.activations(1, 40, F32);
             let rows = Some(bench.ints(&[3], crate::device::DType::U32, &[8, 0, 5]));
             let out = bench.normal(&[3, 64], F32);
-            rec.push(RmsNorm { x, rows, weight, out, cols: 40, eps: 1e-5 });
+            rec.push(RmsNorm { x, rows, norm: Norm { weight, cols: 40, eps: 1e-5 }, out });
         });
     }
 }

@@ -10,7 +10,7 @@ use crate::{
 use super::{
     AttentionSpec, KvCache, ModelSpec, Precision,
     kv_cache::head_stride,
-    linear::Linear,
+    linear::{Input, Linear},
     loader::{Cols, Heads, Loader, Rows},
     scratch::{Buffers, StepInputs, StepShape},
 };
@@ -54,7 +54,7 @@ impl Attention {
         Ok(Self { qkv, out, norm, index, window: spec.layers[index].window })
     }
 
-    /// Attends from `x` `[n, hidden]` and adds the output to `residual`.
+    /// Attends from `input` `[n, hidden]` and adds the output to `residual`.
     #[expect(clippy::too_many_arguments, reason = "one call site; the pieces have no common owner")]
     pub(super) fn record(
         &self,
@@ -65,16 +65,16 @@ impl Attention {
         buffers: &Buffers,
         kv: &KvCache,
         table: Tensor,
-        x: Tensor,
+        input: Input,
         residual: Tensor,
     ) {
         let a: &AttentionSpec = &spec.attention;
-        let (head_dim, n) = (head_stride(spec), x.rows());
+        let (head_dim, n) = (head_stride(spec), residual.rows());
         let qkv = buffers.rows(buffers.qkv, n);
         let q = buffers.rows(buffers.q, n);
         let mixed = buffers.rows(buffers.attention, n);
         let (k_cache, v_cache) = kv.layers[self.index];
-        self.qkv.record(rec, "qkv", x, qkv, Store::Set);
+        self.qkv.record(rec, "qkv", input, qkv, Store::Set);
         rec.push(RopeKvWrite {
             qkv,
             norm: self.norm,
@@ -104,6 +104,7 @@ impl Attention {
                 tokens: inputs.tokens.reshape(&[n, 4]),
                 block_tables,
                 out: mixed.reshape(&[n, mixed.cols()]),
+                parts: buffers.attention_parts,
                 n_heads,
                 n_kv_heads,
                 head_dim,

@@ -7,17 +7,17 @@ use crate::{
     device::{Caps, Device, Recording, Tensor},
     kernels::{
         AlignShape, Aligned, CombineExperts, ExpertGemm, ExpertGemv, ExpertMode, GroupedTopk,
-        MapExperts, Routing, Scoring, SiluMul, Store, align_experts,
+        MapExperts, Norm, RmsNorm, Route, Routing, Scoring, SiluMul, Store, align_experts,
     },
     parallel::{ExpertLayout, Owners},
-    weights::WeightFormat,
+    weights::{WeightFormat, padded},
 };
 
 use super::{
     ModelSpec, MoeSpec, Precision, SharedSpec,
     banks::{BankShape, Banks, ExpertNames, names},
     linear::Linear,
-    loader::{Cols, Loader, Rows},
+    loader::{Cols, Heads, Loader, Rows},
     mlp::Mlp,
     scratch::{Buffers, Routed, StepInputs},
 };
@@ -29,9 +29,18 @@ pub(super) const BLOCK_SIZES: std::ops::RangeInclusive<usize> = 16..=128;
 #[derive(Debug, Clone)]
 pub(super) struct Experts {
     router: Linear,
-    correction_bias: Option<Tensor>,
+    correction_bias: Option<CorrectionBias>,
     routed: RoutedExperts,
     shared: Option<Shared>,
+}
+
+/// What is added to scores for the choice of experts.
+#[derive(Debug, Clone, Copy)]
+struct CorrectionBias {
+    /// F32 `[experts]`
+    alone: Tensor,
+    /// F32 `[padded hidden + experts]`: behind the weights of the norm before the router
+    after_norm: Tensor,
 }
 
 /// The experts of a layer that a device holds.
@@ -61,7 +70,7 @@ enum Shared {
 /// Whether so few tokens visit each expert that reading weights per token beats aligned tiles,
 /// most of whose rows would be padding: measured on an H200 and on lavapipe.
 fn few(n_tokens: usize, routing: &Routing) -> bool {
-    n_tokens * routing.top_k <= routing.n_experts.max(8)
+    n_tokens * routing.top_k <= (2 * routing.n_experts).max(8)
 }
 
 /// Rows of an expert's block in a step of `n_tokens`; 1 where experts run without blocks.
@@ -91,8 +100,16 @@ impl Experts {
         let (hidden, r) = (spec.hidden_size, moe.routing);
         let (prefix, names) = names(|name| loader.contains(name), spec, index);
         let bias = (format!("{prefix}.gate.e_score_correction_bias"), r.n_experts, None);
-        let correction_bias =
-            if moe.correction_bias { Some(loader.vector(&[bias])?) } else { None };
+        let correction_bias = match moe.correction_bias {
+            false => None,
+            true => {
+                let norm = format!("model.layers.{index}.post_attention_layernorm.weight");
+                let alone = loader.vector(std::slice::from_ref(&bias))?;
+                let whole = Heads { dim: hidden, stride: padded(hidden) };
+                let after_norm = loader.vector(&[(norm, hidden, Some(whole)), bias])?;
+                Some(CorrectionBias { alone, after_norm })
+            }
+        };
         let shared = match &moe.shared {
             None => None,
             Some(shared) => {
@@ -120,30 +137,55 @@ impl Experts {
         &mut self.routed
     }
 
-    /// Adds the experts' weighted outputs for `x` `[n, hidden]` to `residual`. Where not all are
-    /// here, the recording is cut before and after those that are.
+    /// Whether the router of `n` tokens normalises them on the way.
+    pub(super) fn normalises(&self, caps: &Caps, n: usize) -> bool {
+        n <= Route::MOST_TOKENS
+            && self.router.single().is_some()
+            && Route::serves(caps, &self.routed.routing)
+    }
+
+    /// Adds the experts' weighted outputs for `norm(residual)` `[n, hidden]` to `residual`; without
+    /// a norm, for what `buffers.normed` holds. Where not all experts are here, the recording is
+    /// cut before and after those that are.
     pub(super) fn record(
         &self,
         rec: &mut Recording,
         inputs: &StepInputs,
         buffers: &Buffers,
         routed: Routed,
-        x: Tensor,
+        norm: Option<Norm>,
         residual: Tensor,
     ) {
-        let n = x.rows();
+        let n = residual.rows();
         let routing = self.routed.routing;
         let (ids, weights) = routed.rows(n, routing.top_k);
-        let logits = buffers.rows(routed.logits, n);
-        self.router.record(rec, "router", x, logits, Store::Set);
-        rec.push(GroupedTopk {
-            logits,
-            bias: self.correction_bias,
-            tokens: inputs.tokens.reshape(&[n, 4]),
-            ids,
-            weights,
-            routing,
-        });
+        let x = buffers.rows(buffers.normed, n);
+        let tokens = inputs.tokens.reshape(&[n, 4]);
+        if let (true, Some(norm), Some(router)) =
+            (self.normalises(rec.caps(), n), norm, self.router.single())
+        {
+            let bias = self.correction_bias;
+            rec.push(Route {
+                x: residual,
+                norm: Norm { weight: bias.map_or(norm.weight, |b| b.after_norm), ..norm },
+                has_bias: bias.is_some(),
+                router,
+                tokens,
+                scratch: buffers.rows(buffers.route, n),
+                ids,
+                weights,
+                normed: x,
+                routing,
+            });
+        } else {
+            if let Some(norm) = norm {
+                rec.push(RmsNorm { x: residual, rows: None, norm, out: x });
+            }
+            let logits = buffers.rows(routed.logits, n);
+            self.router.record(rec, "router", x, logits, Store::Set);
+            let bias = self.correction_bias.map(|b| b.alone);
+            rec.push(GroupedTopk { logits, bias, tokens, ids, weights, routing });
+        }
         let Some(map) = self.routed.map else {
             self.routed.record(rec, buffers, x, ids, weights, residual);
             return self.record_shared(rec, inputs, buffers, x, residual);
@@ -177,7 +219,7 @@ impl Experts {
             None => {}
             Some(Shared::Plain(mlp, width)) => mlp.record(rec, x, residual, buffers, *width),
             Some(Shared::Gated(gated)) => {
-                gated.record(rec, inputs, buffers, buffers.shared_gate, x, residual);
+                gated.record(rec, inputs, buffers, buffers.shared_gate, None, residual);
             }
         }
     }

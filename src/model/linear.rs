@@ -2,9 +2,46 @@
 //! whole, and the choice of kernel by the number of activation rows.
 
 use crate::{
-    device::{Recording, Tensor},
-    kernels::{GEMV_TOKENS, Gemm, Gemv, Matrix, SiluMul, Store, product},
+    device::{Caps, Recording, Tensor},
+    kernels::{GEMV_TOKENS, Gemm, Gemv, Matrix, Norm, RmsNorm, SiluMul, Store, product},
 };
+
+/// Rows that a product takes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Input {
+    /// `[n, cols]`
+    x: Tensor,
+    /// What the product has to do with `x` first, which is then in F32.
+    norm: Option<Norm>,
+}
+
+impl Input {
+    /// `norm(residual)` `[n, cols]`: a product of few rows does it on the way, else it is written
+    /// to `normed` first.
+    pub(super) fn normalised(
+        rec: &mut Recording,
+        residual: Tensor,
+        norm: Norm,
+        normed: Tensor,
+    ) -> Self {
+        if residual.rows() <= most_normalised(rec.caps()) {
+            return Self { x: residual, norm: Some(norm) };
+        }
+        rec.push(RmsNorm { x: residual, rows: None, norm, out: normed });
+        Self::from(normed)
+    }
+}
+
+impl From<Tensor> for Input {
+    fn from(x: Tensor) -> Self {
+        Self { x, norm: None }
+    }
+}
+
+/// Up to this many rows it is faster to normalise them in every workgroup than to launch a kernel.
+fn most_normalised(caps: &Caps) -> usize {
+    if caps.software { 8 } else { 4 }
+}
 
 /// `y = x W^T + b`.
 #[derive(Debug, Clone)]
@@ -19,12 +56,16 @@ impl Linear {
         &self,
         rec: &mut Recording,
         label: &'static str,
-        x: Tensor,
+        input: impl Into<Input>,
         out: Tensor,
         store: Store,
     ) {
+        let Input { x, norm } = input.into();
         for &(out_col, weights, bias) in &self.parts {
-            product(rec, Gemm { label, weights, bias, x, out, out_col, store });
+            match norm {
+                None => product(rec, Gemm { label, weights, bias, x, out, out_col, store }),
+                _ => rec.push(Gemv { label, weights, bias, x, norm, out, out_col, store }),
+            }
         }
     }
 
@@ -34,22 +75,31 @@ impl Linear {
         &self,
         rec: &mut Recording,
         label: &'static str,
-        x: Tensor,
+        input: impl Into<Input>,
         both: Tensor,
         out: Tensor,
     ) {
+        let Input { x, norm } = input.into();
         let store = Store::Gated;
         match self.parts[..] {
             [(out_col, weights, bias)] if x.rows() <= GEMV_TOKENS => {
-                rec.push(Gemv { label, weights, bias, x, out, out_col, store });
+                rec.push(Gemv { label, weights, bias, x, norm, out, out_col, store });
             }
             [(out_col, weights, None)] if Gemm::gates(rec.caps(), x.dtype) => {
                 rec.push(Gemm { label, weights, bias: None, x, out, out_col, store });
             }
             _ => {
-                self.record(rec, label, x, both, Store::Set);
+                self.record(rec, label, Input { x, norm }, both, Store::Set);
                 rec.push(SiluMul { x: both, out });
             }
+        }
+    }
+
+    /// The only matrix, if there is one without a bias.
+    pub(super) fn single(&self) -> Option<Matrix> {
+        match self.parts[..] {
+            [(0, matrix, None)] => Some(matrix),
+            _ => None,
         }
     }
 

@@ -8,7 +8,7 @@ use crate::{
 };
 
 use super::{
-    linear::Linear,
+    linear::{Input, Linear},
     loader::{Cols, Loader, Rows},
     scratch::Buffers,
 };
@@ -40,12 +40,12 @@ impl Mlp {
     pub(super) fn record(
         &self,
         rec: &mut Recording,
-        x: Tensor,
+        x: impl Into<Input>,
         residual: Tensor,
         buffers: &Buffers,
         width: usize,
     ) {
-        let (both, inner) = buffers.gated(x.rows(), width);
+        let (both, inner) = buffers.gated(residual.rows(), width);
         self.gate_up.record_gated(rec, "gate_up", x, both, inner);
         self.down.record(rec, "down", inner, residual, Store::Add);
     }

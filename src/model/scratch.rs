@@ -4,8 +4,10 @@
 use crate::{
     Result,
     device::{Allocate, Caps, DType, Tensor},
-    kernels::{Aligned, CountExperts, Logprobs, PREFILL_TILE, Sample, SamplingRow},
-    weights::padded,
+    kernels::{
+        Aligned, AttentionParts, CountExperts, Logprobs, PREFILL_TILE, Route, Sample, SamplingRow,
+    },
+    weights::{PAD, padded},
 };
 
 use super::{FfnSpec, ModelSpec, experts::BLOCK_SIZES, kv_cache::head_stride};
@@ -99,6 +101,8 @@ pub(super) struct Buffers {
     pub(super) q: Tensor,
     /// `[max_tokens, heads]`
     pub(super) attention: Tensor,
+    /// Of attention to a long context by several workgroups.
+    pub(super) attention_parts: AttentionParts,
     /// Gate and up products, flat; see [`Buffers::gated`].
     both: Tensor,
     /// Their gated product, flat.
@@ -115,6 +119,9 @@ pub(super) struct Buffers {
     pub(super) one_slot: Tensor,
     /// Router of the shared expert's gate.
     pub(super) shared_gate: Routed,
+    /// Logits and counters of the router of few tokens.
+    /// F32 `[at most Route::MOST_TOKENS, padded experts + PAD]`
+    pub(super) route: Tensor,
     /// Router outputs by layer; dense layers have none.
     pub(super) routed: Vec<Option<Routed>>,
     /// Experts chosen in all layers that have any, where `routed` points into.
@@ -277,9 +284,9 @@ impl Buffers {
         let n = limits.max_tokens;
         let hidden = padded(spec.hidden_size);
         let a = &spec.attention;
-        let (stride, widths) = (head_stride(spec), Widths::of(spec));
-        let heads = padded(a.n_heads * stride);
-        let qkv = padded((a.n_heads + 2 * a.n_kv_heads) * stride);
+        let (head, widths) = (head_stride(spec), Widths::of(spec));
+        let heads = padded(a.n_heads * head);
+        let qkv = padded((a.n_heads + 2 * a.n_kv_heads) * head);
         let slots = n * widths.top_k.max(1);
         let logits = device.alloc("router logits", &[n, padded(widths.n_experts)], DType::F32)?;
         // Whole 256 bytes per layer, at which every device can bind.
@@ -304,6 +311,9 @@ impl Buffers {
             ids: device.alloc("shared gate ids", &[n, 1], DType::I32)?,
             weights: device.alloc("shared gate weights", &[n, 1], DType::F32)?,
         };
+        let shape = [n.min(Route::MOST_TOKENS), padded(widths.n_experts) + PAD];
+        let route = device.alloc("route", &shape, DType::F32)?;
+        let attention_parts = AttentionParts::alloc(device, a.n_heads, a.n_kv_heads, head)?;
         let aligned = match widths.n_experts {
             0 => None,
             e => Some(Aligned::alloc(device, n, widths.top_k, e, BLOCK_SIZES)?),
@@ -323,6 +333,8 @@ impl Buffers {
             one_slot: device.alloc("one slot", &[n, 1], DType::I32)?,
             aligned,
             shared_gate,
+            route,
+            attention_parts,
             routed,
             all_ids,
             last: device.alloc("last rows", &[limits.max_logits, hidden], act)?,

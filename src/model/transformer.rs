@@ -3,7 +3,7 @@
 use crate::{
     Result,
     device::{Allocate, DType, Device, Recording, Tally, Tensor},
-    kernels::{CountExperts, Embed, Logprobs, RmsNorm, Routing, Sample, Store},
+    kernels::{CountExperts, Embed, Logprobs, Norm, RmsNorm, Routing, Sample, Store},
     parallel::{ExpertLayout, Handoff},
     weights::Source,
 };
@@ -12,7 +12,7 @@ use super::{
     FfnSpec, KvCache, ModelSpec, Precision, Scratch, StepShape,
     attention::Attention,
     experts::{Experts, RoutedExperts, block_tokens},
-    linear::Linear,
+    linear::{Input, Linear},
     loader::{Cols, Loader, Rows},
     mlp::Mlp,
     rope::rope_table,
@@ -167,25 +167,20 @@ impl Model {
         for (first_row, table) in self.embedding.parts() {
             rec.push(Embed { ids, sampled: scratch.sampled, table, first_row, out: residual });
         }
-        let norm = |rows, weight, out| RmsNorm {
-            x: residual,
-            rows,
-            weight,
-            out,
-            cols: self.spec.hidden_size,
-            eps: self.spec.rms_norm_eps,
-        };
         for (layer, routed) in self.layers.iter().zip(&buffers.routed) {
-            rec.push(norm(None, layer.input_norm, normed));
+            let x = Input::normalised(rec, residual, self.norm(layer.input_norm), normed);
             layer
                 .attention
-                .record(rec, &self.spec, shape, inputs, buffers, kv, self.rope, normed, residual);
-            rec.push(norm(None, layer.post_norm, normed));
+                .record(rec, &self.spec, shape, inputs, buffers, kv, self.rope, x, residual);
+            let norm = self.norm(layer.post_norm);
             match (&layer.ffn, routed) {
                 (Ffn::Moe(experts), Some(routed)) => {
-                    experts.record(rec, inputs, buffers, *routed, normed, residual);
+                    experts.record(rec, inputs, buffers, *routed, Some(norm), residual);
                 }
-                (Ffn::Dense(mlp, width), _) => mlp.record(rec, normed, residual, buffers, *width),
+                (Ffn::Dense(mlp, width), _) => {
+                    let x = Input::normalised(rec, residual, norm, normed);
+                    mlp.record(rec, x, residual, buffers, *width);
+                }
                 (Ffn::Moe(_), None) => unreachable!("buffers come from the same spec"),
             }
         }
@@ -193,17 +188,23 @@ impl Model {
             self.record_counts(rec, n, scratch);
         }
         if shape.n_logits > 0 {
-            self.record_logits(rec, shape, scratch, norm);
+            self.record_logits(rec, shape, scratch);
         }
     }
 
-    /// Records only the mixtures of experts, each on the same input, to measure them.
+    fn norm(&self, weight: Tensor) -> Norm {
+        Norm { weight, cols: self.spec.hidden_size, eps: self.spec.rms_norm_eps }
+    }
+
+    /// Records only the mixtures of experts, to measure them: on the same normalised input, or
+    /// where the router normalises on the way, on the sum so far.
     pub(crate) fn record_experts(&self, rec: &mut Recording, scratch: &Scratch, n: usize) {
         let buffers = &scratch.buffers;
-        let (x, residual) = (buffers.rows(buffers.normed, n), buffers.rows(buffers.residual, n));
+        let residual = buffers.rows(buffers.residual, n);
         for (layer, routed) in self.layers.iter().zip(&buffers.routed) {
             if let (Ffn::Moe(experts), Some(routed)) = (&layer.ffn, routed) {
-                experts.record(rec, &scratch.inputs, buffers, *routed, x, residual);
+                let norm = experts.normalises(rec.caps(), n).then(|| self.norm(layer.post_norm));
+                experts.record(rec, &scratch.inputs, buffers, *routed, norm, residual);
             }
         }
     }
@@ -227,17 +228,12 @@ impl Model {
         }
     }
 
-    fn record_logits(
-        &self,
-        rec: &mut Recording,
-        shape: &StepShape,
-        scratch: &Scratch,
-        norm: impl Fn(Option<Tensor>, Tensor, Tensor) -> RmsNorm,
-    ) {
+    fn record_logits(&self, rec: &mut Recording, shape: &StepShape, scratch: &Scratch) {
         let (inputs, buffers, m) = (&scratch.inputs, &scratch.buffers, shape.n_logits);
         let last = buffers.rows(buffers.last, m);
         let logits = buffers.rows(scratch.logits, m);
-        rec.push(norm(Some(inputs.logit_rows.reshape(&[m])), self.norm, last));
+        let (x, norm) = (buffers.rows(buffers.residual, shape.n_tokens()), self.norm(self.norm));
+        rec.push(RmsNorm { x, rows: Some(inputs.logit_rows.reshape(&[m])), norm, out: last });
         self.lm_head.record(rec, "lm_head", last, logits, Store::Set);
         if shape.sample {
             rec.push(Sample {
@@ -265,15 +261,17 @@ impl Model {
 }
 
 impl Scratch {
-    /// Writes noise to the first `n` rows that layers take as input.
+    /// Writes noise to the first `n` rows that mixtures of experts take as input.
     pub(crate) fn fill_normed(&self, device: &mut Device, n: usize) {
         let rows = self.buffers.rows(self.buffers.normed, n);
+        let residual = self.buffers.rows(self.buffers.residual, n);
         let noise = |i: usize| {
             let bits =
                 (i as u32).wrapping_mul(0x9E37_79B9).rotate_left(13).wrapping_mul(0x85EB_CA6B);
             (bits >> 8) as f32 / (1u32 << 23) as f32 - 1.0
         };
         let values: Vec<f32> = (0..rows.len()).map(noise).collect();
+        device.write(&residual, &values);
         match rows.dtype {
             DType::F16 => {
                 let values: Vec<half::f16> =

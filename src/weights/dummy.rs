@@ -15,7 +15,10 @@ const CHUNK_BYTES: usize = 1 << 18;
 /// Any tensor on demand, in BF16, deterministic in (seed, name, shape).
 ///
 /// Values are close to normal with deviation 1/sqrt(cols), which keeps activations of order one
-/// through any depth; norms (names ending in `norm.weight`) lie around 1.
+/// through any depth; norms (names ending in `norm.weight`) lie around 1. Embeddings have deviation
+/// 4, which outweighs what the layers add: different tokens stay different, and so random routers
+/// send them to different experts, evenly as trained, balanced routers do, in every layer and
+/// whatever the rounding. A correction bias of the router is small for the same reason.
 /// [`contains`](Source::contains) is what a plain checkpoint would answer for optional tensors:
 /// true, except for biases (`.bias`, but not `e_score_correction_bias`) and for the scales that
 /// mark a quantised checkpoint (`_scale`, `_scale_inv`, `.scales`). What is asked for in spite of
@@ -46,9 +49,12 @@ impl Source for DummySource {
             .filter(|&bytes| bytes as u64 <= MAX_BYTES)
             .ok_or_else(|| WeightsError::TooLarge { name: name.into(), shape: shape.into() })?;
         let cols = shape.last().copied().unwrap_or(1).max(1);
-        let is_norm = name.ends_with("norm.weight");
-        let (mean, deviation) =
-            if is_norm { (1.0, 0.1) } else { (0.0, 1.0 / (cols as f32).sqrt()) };
+        let (mean, deviation) = match name {
+            _ if name.ends_with("norm.weight") => (1.0, 0.1),
+            _ if name.ends_with("embed_tokens.weight") => (0.0, 4.0),
+            _ if name.ends_with("e_score_correction_bias") => (0.0, 0.01),
+            _ => (0.0, 1.0 / (cols as f32).sqrt()),
+        };
         let levels = levels(mean, deviation);
         let mut bytes = vec![0; n_bytes];
         fill(hash_name(self.seed, name), 0, &levels, &mut bytes);
@@ -124,6 +130,8 @@ mod tests {
         let norm = source.tensor("input_layernorm.weight", &[4096]).unwrap().to_f32();
         let (mean, deviation) = moments(&norm);
         assert!((mean - 1.0).abs() < 0.01 && (deviation - 0.1).abs() < 0.01);
+        let table = source.tensor("model.embed_tokens.weight", &[64, 256]).unwrap().to_f32();
+        assert!((moments(&table).1 - 4.0).abs() < 0.1);
         // Neighbours are independent: the mean product is that of the means.
         let products: Vec<f32> = matrix.windows(2).map(|w| w[0] * w[1] * 1024.0).collect();
         assert!(moments(&products).0.abs() < 0.01);
