@@ -193,7 +193,7 @@ fn engine_flags_are_checked() {
         run(&["run", "Hello!", flag, value]).fails_with(&[flag]);
     }
     let small = ["run", "Hello!", "--kv-cache-memory", "0", "--device", "cpu"];
-    run(&small).fails_with(&["KV cache"]);
+    run(&small).fails_as(4, &["KV cache"]);
     let args = ["run", "Hello!", "-n", "2", "-t", "0", "--device", "cpu"];
     let plain = run(&args).stdout();
     let flags = ["--block-size", "8", "--kv-cache-memory", "16", "--no-prefix-caching"];

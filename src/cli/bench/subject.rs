@@ -77,6 +77,11 @@ impl Subject {
             };
             return Ok(self.model.load(options)?.engine.into_runner());
         };
+        ensure!(
+            options.expert_devices.is_empty() && options.expert_cache.is_none(),
+            "--shape measures one device that holds all experts: leave --devices and \
+             --expert-cache-memory out, or use --model DIR --load-format dummy"
+        );
         let known = || shape_names().collect::<Vec<_>>().join(", ");
         let spec = shape(name, self.layers)?
             .with_context(|| format!("there is no shape {name:?}, only {}", known()))?;
