@@ -198,7 +198,7 @@ mod disk {
             let name = wgpu::util::pipeline_cache_key(info)?;
             let path = folder.join(format!("{name}_{driver:016x}"));
             let data = content(&path);
-            let saved = data.as_deref().map_or(0, |data| checksum(data));
+            let saved = data.as_deref().map_or(0, checksum);
             let desc = wgpu::PipelineCacheDescriptor {
                 label: Some("pipelines"),
                 data: data.as_deref(),

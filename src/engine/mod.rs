@@ -11,6 +11,7 @@ mod sampling;
 mod scheduler;
 mod sequence;
 mod stats;
+mod submission;
 
 use std::{ops::Range, sync::Arc};
 
@@ -25,9 +26,10 @@ pub use blocks::{BlockPool, PrefixId};
 pub use config::{EngineConfig, Policy};
 pub use error::EngineError;
 pub use request::{FinishReason, Output, Request, RequestId, TokenLogprobs, TokenMask};
-pub use runner::{Extras, Routed, Runner, StepResults, Submission};
+pub use runner::{Routed, Runner};
 pub use sampling::SamplingParams;
 pub use stats::{EngineStats, ExpertStats, LayerStats};
+pub use submission::{Extras, StepResults, Submission};
 
 use scheduler::Scheduler;
 use sequence::Sequence;
