@@ -54,6 +54,9 @@ pub struct Caps {
     pub ordered_groups: bool,
     /// The adapter runs on the CPU (lavapipe, SwiftShader, the twins).
     pub software: bool,
+    /// The kernels' twins compute. They fuse nothing that rounds differently when fused, so that
+    /// results do not depend on the size of a step.
+    pub twins: bool,
 }
 
 impl Caps {
@@ -72,6 +75,7 @@ impl Caps {
             timestamps: false,
             ordered_groups: false,
             software: false,
+            twins: false,
         }
     }
 

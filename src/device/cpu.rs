@@ -208,6 +208,7 @@ pub(crate) fn caps() -> Caps {
         offset_alignment: 8,
         ordered_groups: true,
         software: true,
+        twins: true,
         ..Caps::portable()
     }
 }

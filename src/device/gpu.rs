@@ -56,6 +56,7 @@ pub(super) fn caps_of(adapter: &wgpu::Adapter) -> Caps {
         timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
         ordered_groups: matches!(info.backend, wgpu::Backend::Vulkan | wgpu::Backend::Dx12),
         software: info.device_type == wgpu::DeviceType::Cpu,
+        twins: false,
     }
 }
 

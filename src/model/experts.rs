@@ -140,6 +140,7 @@ impl Experts {
     /// Whether the router of `n` tokens normalises them on the way.
     pub(super) fn normalises(&self, caps: &Caps, n: usize) -> bool {
         n <= Route::MOST_TOKENS
+            && !caps.twins
             && self.router.single().is_some()
             && Route::serves(caps, &self.routed.routing)
     }

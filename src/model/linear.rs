@@ -40,7 +40,11 @@ impl From<Tensor> for Input {
 
 /// Up to this many rows it is faster to normalise them in every workgroup than to launch a kernel.
 fn most_normalised(caps: &Caps) -> usize {
-    if caps.software { 8 } else { 4 }
+    match caps {
+        Caps { twins: true, .. } => 0,
+        Caps { software: true, .. } => 8,
+        _ => 4,
+    }
 }
 
 /// `y = x W^T + b`.
