@@ -8,8 +8,10 @@ import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
 import { chromium } from "playwright-core";
 
-export const root = fileURLToPath(new URL("../../", import.meta.url));
-export const site = `${root}target/web`;
+const root = fileURLToPath(new URL("../../", import.meta.url));
+/** Where cargo puts things. */
+export const target = process.env.CARGO_TARGET_DIR ?? `${root}target`;
+export const site = `${target}/web`;
 
 /** Options of a browser on a machine without GPU, without its own talk to the network. */
 const ARGS = [
@@ -25,7 +27,7 @@ const ARGS = [
 
 /** The server of `./x web --serve`, on a port of its choice. */
 export async function serve() {
-  const server = spawn(`${root}target/web-build/release/moewe-web-build`, ["serve", site, "0"], {
+  const server = spawn(`${target}/web-build/debug/moewe-web-build`, ["serve", site, "0"], {
     stdio: ["ignore", "pipe", "inherit"],
   });
   const [url] = await once(createInterface(server.stdout), "line");
@@ -59,6 +61,6 @@ export async function open(browser, options) {
  * @param {string[]} args
  */
 export function native(args) {
-  const program = process.env.MOEWE ?? `${root}target/debug/moewe`;
+  const program = process.env.MOEWE ?? `${target}/debug/moewe`;
   return execFileSync(program, args, { encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] });
 }

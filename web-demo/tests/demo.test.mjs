@@ -3,11 +3,11 @@
 import assert from "node:assert/strict";
 import { mkdirSync } from "node:fs";
 import { after, before, test } from "node:test";
-import { launch, native, open, root, serve, site } from "./browser.mjs";
+import { launch, native, open, serve, site, target } from "./browser.mjs";
 
 const PROMPT = "Once upon a time";
 const TOKENS = 24;
-const pictures = `${root}target/web-pictures`;
+const pictures = `${target}/web-pictures`;
 
 /** @type {Awaited<ReturnType<typeof serve>>} */
 let server;

@@ -2,7 +2,7 @@
 // node speed.mjs (after ./x web). Prints a line of JSON.
 
 import { execFileSync } from "node:child_process";
-import { launch, open, root, serve, site } from "./browser.mjs";
+import { launch, open, serve, site, target } from "./browser.mjs";
 
 const [prompt, tokens] = ["Once upon a time", 128];
 const server = await serve();
@@ -25,7 +25,7 @@ const inBrowser = await page.evaluate(
 await browser.close();
 server.stop();
 
-const program = process.env.MOEWE ?? `${root}target/release/moewe`;
+const program = process.env.MOEWE ?? `${target}/release/moewe`;
 const args = ["bench", "--model", `${site}/models/gull-20m`, "-p", "16", "-n", `${tokens}`, "-b", "1", "-r", "3", "-o", "json"];
 const rows = JSON.parse(execFileSync(program, args, { encoding: "utf8", stdio: ["ignore", "pipe", "inherit"] }));
 console.log(JSON.stringify({ browser: inBrowser, native: rows }));
