@@ -58,7 +58,14 @@ fn activations(t: u32, x_row: u32, chunk: u32) -> mat4x4<f32> {
     return x;
 }
 
-// Adds the products of one chunk.
+// Products of a chunk of four rows with the same activations.
+fn quad_dot(w0: vec4<u32>, w1: vec4<u32>, w2: vec4<u32>, w3: vec4<u32>,
+            x: mat4x4<f32>) -> vec4<f32> {
+    return vec4(chunk_dot(w0, x), chunk_dot(w1, x), chunk_dot(w2, x), chunk_dot(w3, x));
+}
+
+// Adds the products of one chunk. One token is written out, since an array that is indexed at run
+// time is slow where a driver does not unroll the loop.
 fn add_chunk(row: u32, up_row: u32, x_row: u32, n_live: u32, c: u32) {
     let at = row * p.n_chunks + c;
     let w0 = weights[at];
@@ -82,13 +89,19 @@ fn add_chunk(row: u32, up_row: u32, x_row: u32, n_live: u32, c: u32) {
         scale = scales4(row, c);
         up_scale = scales4(up_row, c);
     }
+    if (TOKENS == 1u) {
+        let x = activations(0u, x_row, c);
+        dots[0] += scale * quad_dot(w0, w1, w2, w3, x);
+        if (SETS == 2u) {
+            dots[1] += up_scale * quad_dot(u0, u1, u2, u3, x);
+        }
+        return;
+    }
     for (var t = 0u; t < TOKENS; t++) {
         let x = activations(t, x_row + min(t, n_live - 1u), c);
-        dots[t * SETS] += scale * vec4(chunk_dot(w0, x), chunk_dot(w1, x),
-                                       chunk_dot(w2, x), chunk_dot(w3, x));
+        dots[t * SETS] += scale * quad_dot(w0, w1, w2, w3, x);
         if (SETS == 2u) {
-            dots[t * SETS + 1u] += up_scale * vec4(chunk_dot(u0, x), chunk_dot(u1, x),
-                                                   chunk_dot(u2, x), chunk_dot(u3, x));
+            dots[t * SETS + 1u] += up_scale * quad_dot(u0, u1, u2, u3, x);
         }
     }
 }
@@ -136,9 +149,7 @@ fn dot_rows(row: u32, up_row: u32, x_row: u32, n_live: u32, lane: u32) {
 // Adds up over SHARE threads. All threads of the workgroup must call it together, once.
 fn sum_dots(lid: u32) {
     for (var i = 0u; i < TOKENS * SETS; i++) {
-        let d = dots[i];
-        dots[i] = vec4(sum_lanes(d.x, lid, SUBLANES), sum_lanes(d.y, lid, SUBLANES),
-                       sum_lanes(d.z, lid, SUBLANES), sum_lanes(d.w, lid, SUBLANES));
+        dots[i] = sum4_lanes(dots[i], lid, SUBLANES);
     }
     if (NORM) {
         for (var t = 0u; t < TOKENS; t++) {

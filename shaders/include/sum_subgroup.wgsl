@@ -1,4 +1,13 @@
-// Sums over threads of one subgroup; `lanes` must not exceed the smallest subgroup size.
+// Sums over threads of one subgroup; `lanes`, a power of two, must not exceed the smallest subgroup
+// size.
+fn sum4_lanes(value: vec4<f32>, lid: u32, lanes: u32) -> vec4<f32> {
+    var sum = value;
+    for (var step = lanes / 2u; step > 0u; step /= 2u) {
+        sum += subgroupShuffleXor(sum, step);
+    }
+    return sum;
+}
+
 fn sum_lanes(value: f32, lid: u32, lanes: u32) -> f32 {
     var sum = value;
     for (var step = lanes / 2u; step > 0u; step /= 2u) {

@@ -1,18 +1,24 @@
 // Sums over threads through workgroup memory; works everywhere.
-var<workgroup> sum_partials: array<f32, 256>;
+var<workgroup> sum_partials: array<vec4<f32>, 256>;
 
-// Sum of `value` over the aligned group of `lanes` threads (a power of two) that holds thread
-// `lid`, in every thread of the group. All threads of the workgroup must call it together.
-fn sum_lanes(value: f32, lid: u32, lanes: u32) -> f32 {
+// Sum of `value` over the aligned group of `lanes` threads that holds thread `lid`, in every thread
+// of the group. All threads of the workgroup must call it together. Each adds up all parts: that
+// takes two barriers, which cost more than a few loads.
+fn sum4_lanes(value: vec4<f32>, lid: u32, lanes: u32) -> vec4<f32> {
+    if (lanes == 1u) {
+        return value;
+    }
     sum_partials[lid] = value;
     workgroupBarrier();
-    for (var step = lanes / 2u; step > 0u; step /= 2u) {
-        let other = sum_partials[lid ^ step];
-        workgroupBarrier();
-        sum_partials[lid] += other;
-        workgroupBarrier();
+    let first = lid / lanes * lanes;
+    var sum = sum_partials[first];
+    for (var i = 1u; i < lanes; i++) {
+        sum += sum_partials[first + i];
     }
-    let sum = sum_partials[lid];
     workgroupBarrier();
     return sum;
+}
+
+fn sum_lanes(value: f32, lid: u32, lanes: u32) -> f32 {
+    return sum4_lanes(vec4(value), lid, lanes).x;
 }

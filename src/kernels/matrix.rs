@@ -5,7 +5,7 @@ use crate::{
     weights::WeightFormat,
 };
 
-use super::sum_lanes;
+use super::{has_subgroup_sums, sum_lanes};
 
 /// A handle to packed weights `[n_experts, rows, cols]`, rows and columns padded with zeros to a
 /// multiple of [`crate::weights::PAD`]. A plain matrix has one expert.
@@ -90,7 +90,7 @@ impl RowShare {
     /// reads its weights for `tokens` rows of activations.
     pub(crate) fn of(caps: &Caps, weights: &Matrix, n_quads: u32, tokens: u32) -> Self {
         if caps.software {
-            return Self::software();
+            return Self::software(caps);
         }
         let n_chunks = weights.n_chunks();
         let mut lanes = 32;
@@ -104,7 +104,7 @@ impl RowShare {
     /// multiplied with.
     pub(crate) fn of_slots(caps: &Caps, weights: &Matrix, n_slots: u32) -> Self {
         if caps.software {
-            return Self::software();
+            return Self::software(caps);
         }
         let (threads, n_chunks) = (128, weights.n_chunks());
         let lanes = (threads / n_slots.next_power_of_two()).clamp(8, 64);
@@ -112,9 +112,11 @@ impl RowShare {
     }
 
     /// Few threads and short code, since a CPU runs threads one after another and takes seconds
-    /// to compile long code.
-    fn software() -> Self {
-        Self { threads: 64, lanes: 8, share: 8, chunks: 0 }
+    /// to compile long code. Where barriers are all that threads can sum with, each has rows of
+    /// its own.
+    fn software(caps: &Caps) -> Self {
+        let (threads, lanes) = if has_subgroup_sums(caps) { (64, 8) } else { (16, 1) };
+        Self { threads, lanes, share: lanes, chunks: 0 }
     }
 
     /// Fills the slot `sum` and sets the overrides.

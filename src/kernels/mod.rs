@@ -63,9 +63,16 @@ fn float_slot(dtype: DType, caps: &Caps) -> &'static str {
 /// Fills the slot `sum` and tells the number of lanes.
 fn sum_lanes(shader: Shader, caps: &Caps, most: u32) -> (Shader, u32) {
     match caps.subgroups {
-        Some((min, _)) if min >= 8 => (shader.slot("sum", "subgroup"), min.min(most)),
+        Some((min, _)) if has_subgroup_sums(caps) => {
+            (shader.slot("sum", "subgroup"), min.min(most))
+        }
         _ => (shader.slot("sum", "workgroup"), most.min(8)),
     }
+}
+
+/// Whether subgroups are there and large enough to sum in.
+fn has_subgroup_sums(caps: &Caps) -> bool {
+    caps.subgroups.is_some_and(|(min, _)| min >= 8)
 }
 
 /// Splits `n` workgroups over x and y of a grid, since one dimension may be too short.

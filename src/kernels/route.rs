@@ -84,7 +84,9 @@ impl Kernel for Route {
         assert!(scratch.cols() > router.rows, "{scratch} for {} rows", router.rows);
         let n = tokens.rows() as u32;
         let n_quads = router.rows as u32 / 4;
-        let share = RowShare::of(caps, &router, n_quads * n, 1);
+        let mut share = RowShare::of(caps, &router, n_quads * n, 1);
+        // The choice takes a thread for four experts.
+        share.threads = share.threads.max(64);
         let n_groups = n_quads.div_ceil(share.threads / share.lanes);
         Launch {
             shader: share

@@ -188,9 +188,11 @@ fn check_where(
         written.map_or(DType::U8, |b| b.tensor.dtype)
     };
     let caps = gpu().caps();
-    // Once more as kernels are launched on real GPUs, if this is a software adapter.
+    // Once more as kernels are launched on the best and on the least of real GPUs, if this is a
+    // software adapter.
     let tiers = caps.tiers().into_iter().map(|tier| (tier, caps.software));
-    let all = tiers.chain(caps.software.then_some((caps.tier(), false)));
+    let real = caps.software.then_some([(caps.tier(), false), (Tier::Portable, false)]);
+    let all = tiers.chain(real.into_iter().flatten());
     for (tier, software) in all.filter(|(tier, _)| able(&caps.shrink(*tier))) {
         let mut device = gpu();
         device.shrink(tier);

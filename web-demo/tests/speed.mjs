@@ -27,5 +27,7 @@ server.stop();
 
 const program = process.env.MOEWE ?? `${target}/release/moewe`;
 const args = ["bench", "--model", `${site}/models/gull-20m`, "-p", "16", "-n", `${tokens}`, "-b", "1", "-r", "3", "-o", "json"];
-const rows = JSON.parse(execFileSync(program, args, { encoding: "utf8", stdio: ["ignore", "pipe", "inherit"] }));
-console.log(JSON.stringify({ browser: inBrowser, native: rows }));
+const bench = JSON.parse(execFileSync(program, args, { encoding: "utf8", stdio: ["ignore", "pipe", "inherit"] }));
+const row = bench.rows.find(({ n_gen }) => n_gen > 0);
+const native = { adapter: bench.device, rate: Math.max(...row.samples_ts) };
+console.log(JSON.stringify({ browser: inBrowser, native, ratio: inBrowser.rate / native.rate }));
