@@ -34,6 +34,10 @@ async fn the_document_draws_the_line_where_the_server_does() {
     // Nothing would be left to choose: the request's fault, not the server's.
     let nothing = json!({"prompt": "a", "allowed_token_ids": [0], "min_tokens": 1});
     check_error(400, Some("allowed_token_ids"), &post(&SHARED, COMPLETIONS, &nothing).await);
+    let apart = json!({
+        "prompt": "a", "allowed_token_ids": [300], "structured_outputs": {"choice": ["yes"]},
+    });
+    check_error(400, None, &post(&SHARED, COMPLETIONS, &apart).await);
     let special = hello(json!({"add_special_tokens": true}));
     check_error(400, Some("add_special_tokens"), &post(&SHARED, CHAT, &special).await);
 }

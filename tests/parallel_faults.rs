@@ -87,6 +87,22 @@ fn a_device_lost_in_the_middle_of_a_step_is_named() {
     assert_eq!(answer(&mut engine, |_| {}).expect("new devices work"), expected);
 }
 
+#[test]
+fn a_device_lost_while_idle_is_missed() {
+    for lost in [0, 1] {
+        let (mut engine, faults) = two_devices();
+        engine.probe().expect("both are there");
+        faults[lost].inject(Fault::Lost, 0);
+        let error = (0..100).find_map(|_| engine.probe().err()).expect("one is gone");
+        let is_named = match error {
+            Error::Device(DeviceError::Lost { .. }) => lost == 0,
+            Error::Parallel(ParallelError::Worker { rank, .. }) => lost == rank,
+            _ => false,
+        };
+        assert!(is_named, "device {lost}: {error}");
+    }
+}
+
 /// Memory runs out at the n-th allocation, for every n, while banks of experts, whole, shared or
 /// cached, are made.
 #[test]

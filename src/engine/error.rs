@@ -48,8 +48,11 @@ pub enum EngineError {
          f16, else the checkpoint or the driver is broken"
     )]
     NonFinite,
-    /// A grammar found no way on.
-    #[error("the answer's grammar allows no further token; check it, or drop the constraint")]
+    /// A grammar, allowed tokens and bad words together leave no token.
+    #[error(
+        "the grammar, allowed tokens, bad words and minimum length of this request leave no token \
+         to go on with; loosen one of them"
+    )]
     Mask,
     /// The KV cache cannot hold even one sequence of this length.
     #[error(

@@ -197,9 +197,11 @@ impl Engine {
     /// there is nothing to do.
     ///
     /// # Errors
-    /// [`crate::device::DeviceError`] if the device has failed.
+    /// [`crate::device::DeviceError`] if the device has failed, [`crate::parallel::ParallelError`] if
+    /// another one that has experts has.
     pub fn probe(&mut self) -> Result<()> {
-        Ok(self.runner.device().probe()?)
+        self.runner.device().probe()?;
+        self.runner.exchange().map_or(Ok(()), |exchange| exchange.probe())
     }
 
     /// What the engine has counted about itself.

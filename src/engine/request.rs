@@ -60,7 +60,7 @@ pub enum FinishReason {
     Length,
     /// The logits were not finite.
     NonFinite,
-    /// Its [`TokenMask`] failed.
+    /// Its [`TokenMask`] failed, or no token is both allowed and not banned.
     Mask,
 }
 

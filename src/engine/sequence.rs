@@ -174,8 +174,8 @@ impl Sequence {
             false => LogitRows::None,
         };
         let step = self.generated().len();
-        let mask = if done { self.allowed(vocab_size) } else { None };
         let biases = if done { self.biases(eos) } else { Vec::new() };
+        let mask = if done { self.allowed(vocab_size, &biases) } else { None };
         let (mut logprobs, mut targets) = (self.params.logprobs, &[][..]);
         if logits == LogitRows::All {
             logprobs = Some(logprobs.max(self.params.prompt_logprobs).unwrap_or(0));
@@ -194,8 +194,8 @@ impl Sequence {
         }
     }
 
-    /// Words of allowed tokens, if not all are.
-    fn allowed(&mut self, vocab_size: usize) -> Option<Vec<u32>> {
+    /// Words of allowed tokens without those that `biases` ban, if not all are.
+    fn allowed(&mut self, vocab_size: usize, biases: &[(u32, f32)]) -> Option<Vec<u32>> {
         let n = vocab_size.div_ceil(32);
         let mut words = self.params.allowed_token_ids.as_ref().map(|ids| {
             let mut words = vec![0u32; n];
@@ -214,7 +214,11 @@ impl Sequence {
                 None => words = Some(grammar),
             }
         }
-        words
+        let mut words = words?;
+        let banned = biases.iter().filter(|(_, bias)| *bias == f32::NEG_INFINITY);
+        banned.for_each(|&(id, _)| words[id as usize / 32] &= !(1 << (id % 32)));
+        self.mask_failed = words.iter().all(|&word| word == 0);
+        (!self.mask_failed).then_some(words)
     }
 
     /// What is added to logits, by token ascending.

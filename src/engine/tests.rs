@@ -260,6 +260,34 @@ fn masks_dictate_and_the_batch_around_them_goes_on() {
 }
 
 #[test]
+fn a_request_that_leaves_no_token_fails_alone() {
+    let mut engine = engine(options(DeviceChoice::Cpu));
+    let params =
+        SamplingParams { max_tokens: Some(5), ignore_eos: true, ..SamplingParams::greedy() };
+    let request = |params: &SamplingParams| Request::new(prompt(1, 9, 0), params.clone());
+    let expected = answers(&mut engine, vec![request(&params)]).remove(0);
+    // Two tokens, of which each ends a bad word once the other has come, or itself.
+    let stuck = SamplingParams {
+        allowed_token_ids: Some(vec![7, 8]),
+        bad_words: vec![vec![7, 7], vec![7, 8], vec![8, 7], vec![8, 8]],
+        ..params.clone()
+    };
+    let id = engine.add(request(&stuck)).unwrap();
+    let other = engine.add(request(&params)).unwrap();
+    let (mut failed, mut text) = (None, Vec::new());
+    while engine.is_busy() {
+        for output in engine.step().unwrap() {
+            match output.request == other {
+                true => text.extend(output.token),
+                false => failed = failed.or(output.finished),
+            }
+            assert!(output.request == id || output.request == other);
+        }
+    }
+    assert_eq!((failed, text), (Some(FinishReason::Mask), expected));
+}
+
+#[test]
 fn limits_are_kept() {
     let config = EngineConfig { max_queue: 3, ..Default::default() };
     let mut engine = engine(LlmOptions { engine: config, ..options(DeviceChoice::Cpu) });

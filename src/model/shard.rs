@@ -118,6 +118,10 @@ impl Worker for ExpertShard {
         Ok(())
     }
 
+    fn probe(&self) -> Result<()> {
+        Ok(self.device.probe()?)
+    }
+
     fn blocks(&self) -> bool {
         matches!(self.device, Device::Cpu(_))
     }

@@ -312,6 +312,14 @@ impl Worker for Remote {
         self.ask(&header, &parts).map(drop)
     }
 
+    /// A rank that dies takes the job with it, so only silence is left to know of.
+    fn probe(&self) -> Result<()> {
+        match self.cluster.is_broken.load(Ordering::Relaxed) {
+            true => Err(failed("it did not answer").into()),
+            false => Ok(()),
+        }
+    }
+
     fn describe(&self) -> String {
         format!("rank {} of the MPI job", self.rank)
     }

@@ -78,6 +78,14 @@ pub trait Exchange: fmt::Debug + Send {
         packed: &HashMap<usize, Vec<u8>>,
     ) -> Result<()>;
 
+    /// Whether the devices elsewhere still work, as [`Device::probe`] says of one.
+    ///
+    /// # Errors
+    /// [`ParallelError::Worker`].
+    fn probe(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// What it has done so far.
     fn stats(&self) -> ExchangeStats;
 
@@ -169,6 +177,12 @@ pub trait Worker: fmt::Debug + Send {
         rank: usize,
         packed: &HashMap<usize, Vec<u8>>,
     ) -> Result<()>;
+
+    /// Whether it still works, as far as can be told without waiting.
+    ///
+    /// # Errors
+    /// Those of its device, or of the way there.
+    fn probe(&self) -> Result<()>;
 
     /// Whether [`Worker::submit`] only returns when all is computed; such workers go last.
     fn blocks(&self) -> bool {
@@ -321,6 +335,13 @@ impl Exchange for Sharded {
             moved.map_err(|e| failed(rank, &e))?;
         }
         Arc::make_mut(&mut self.owners)[layer] = new.clone();
+        Ok(())
+    }
+
+    fn probe(&self) -> Result<()> {
+        for (worker, rank) in self.workers.iter().zip(1..) {
+            worker.probe().map_err(|e| failed(rank, &e))?;
+        }
         Ok(())
     }
 

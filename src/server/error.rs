@@ -51,8 +51,11 @@ impl ApiError {
             }
             Error::Files(FilesError::NoTokenizer { .. }) => no_tokenizer(),
             Error::Engine(EngineError::QueueFull { .. }) => Self::unavailable(error.to_string()),
-            Error::Engine(EngineError::NonFinite | EngineError::Mask) => {
+            Error::Engine(EngineError::NonFinite) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
+            }
+            Error::Engine(EngineError::Mask) => {
+                Self::new(StatusCode::BAD_REQUEST, error.to_string())
             }
             Error::Engine(EngineError::Sampling { name, .. }) => {
                 Self::field(name, error.to_string())
