@@ -129,13 +129,18 @@ pub(super) fn resolve(options: &super::LlmOptions) -> Result<PathBuf> {
     Err(FilesError::NoModel { name: name.clone() }.into())
 }
 
-/// Reads config.json and, if there, generation_config.json; `dir` is what errors call the place.
-pub(super) fn read_config(files: &dyn Files, dir: &Path) -> Result<(ModelSpec, SamplingParams)> {
-    let config = read_json(files, dir, "config.json")?.ok_or_else(|| FilesError::Read {
+/// Reads config.json, which no model is without; `dir` is what errors call the place.
+pub(super) fn read_config_json(files: &dyn Files, dir: &Path) -> Result<Value> {
+    let absent = || FilesError::Read {
         path: dir.join("config.json"),
         cause: std::io::ErrorKind::NotFound.into(),
-    })?;
-    let mut spec = arch::parse(&config)?;
+    };
+    Ok(read_json(files, dir, "config.json")?.ok_or_else(absent)?)
+}
+
+/// Reads config.json and, if there, generation_config.json; `dir` is what errors call the place.
+pub(super) fn read_config(files: &dyn Files, dir: &Path) -> Result<(ModelSpec, SamplingParams)> {
+    let mut spec = arch::parse(&read_config_json(files, dir)?)?;
     let mut defaults = SamplingParams::default();
     if let Some(json) = read_json(files, dir, "generation_config.json")? {
         let number = |key: &str| json.get(key).and_then(Value::as_f64).map(|v| v as f32);

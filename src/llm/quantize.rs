@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::{
     Result,
     model::{arch, expert_tensors},
-    weights::{Checkpoint, Source, SourceDtype, WeightFormat, WeightsError, scale_name},
+    weights::{Checkpoint, Directory, Source, SourceDtype, WeightFormat, WeightsError, scale_name},
 };
 
 use super::{FilesError, LlmOptions, files};
@@ -47,12 +47,7 @@ pub fn quantize(
         return Err(FilesError::NotInt8 { format }.into());
     }
     let dir = files::resolve(options)?;
-    let config = files::read_json(&crate::weights::Directory(dir.clone()), &dir, "config.json")?;
-    let absent = || FilesError::Read {
-        path: dir.join("config.json"),
-        cause: io::ErrorKind::NotFound.into(),
-    };
-    let mut config = config.ok_or_else(absent)?;
+    let mut config = files::read_config_json(&Directory(dir.clone()), &dir)?;
     let spec = arch::parse(&config)?;
     let checkpoint = Checkpoint::open(&dir)?;
     let writer = Writer {
