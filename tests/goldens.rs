@@ -21,13 +21,18 @@ use crate::checkpoints::{
 
 fn check(name: &str, device: &DeviceChoice, tier: Option<Tier>, weights: WeightFormat) {
     let dir = golden(name);
-    let options = LlmOptions { tier, ..options(&dir, device.clone(), weights) };
+    check_options(name, LlmOptions { tier, ..options(&dir, device.clone(), weights) });
+}
+
+fn check_options(name: &str, options: LlmOptions) {
+    let what = format!("{name} on {}, {:?}, {}", options.device, options.tier, options.precision());
+    let (dir, precision) = (golden(name), options.precision());
     let mut llm = Llm::open(options).unwrap_or_else(|e| panic!("{name}: {e}"));
     let runner = llm.engine.runner();
     let expectation = Expectation::read(&dir, &runner.model().spec).expect("a whole golden");
-    let tolerance = Tolerance::of(weights, expectation.logit_atol);
+    let tolerance = Tolerance::of(precision, expectation.logit_atol);
     let report = verify(runner, &expectation, &tolerance).expect("the golden runs");
-    assert!(report.passed, "{name} on {device}, {tier:?}, {weights:?}:\n{report}");
+    assert!(report.passed, "{what}:\n{report}");
 }
 
 fn check_all(name: &str) {
@@ -35,6 +40,11 @@ fn check_all(name: &str) {
     for weights in [WeightFormat::F32, WeightFormat::F16, W8, grouped] {
         check(name, &GPU, None, weights);
         check(name, &DeviceChoice::Cpu, None, weights);
+    }
+    for device in [GPU, DeviceChoice::Cpu] {
+        let options = options(&golden(name), device, W8);
+        let dense_weights = Some(WeightFormat::W8 { group: Some(32) });
+        check_options(name, LlmOptions { dense_weights, ..options });
     }
     check(name, &GPU, Some(Tier::Portable), WeightFormat::F32);
     check(name, &GPU, Some(Tier::Portable), W8);
@@ -99,7 +109,7 @@ fn weights_split_over_bindings() {
                 max_penalized: 1,
             };
             let mut runner = Runner::new(device, model, kv, limits).expect("fits");
-            let tolerance = Tolerance::of(weights, expectation.logit_atol);
+            let tolerance = Tolerance::of(precision, expectation.logit_atol);
             let report = verify(&mut runner, &expectation, &tolerance).expect("the golden runs");
             assert!(report.passed, "{name}, {weights:?}:\n{report}");
         }
@@ -178,7 +188,7 @@ fn flip_id(stored: &mut Stored, index: usize) {
 fn passes(llm: &mut Llm, dir: &Path) -> bool {
     let runner = llm.engine.runner();
     let Ok(expectation) = Expectation::read(dir, &runner.model().spec) else { return false };
-    let tolerance = Tolerance::of(WeightFormat::F32, expectation.logit_atol);
+    let tolerance = Tolerance::of(Precision::of(WeightFormat::F32), expectation.logit_atol);
     verify(runner, &expectation, &tolerance).is_ok_and(|report| report.passed)
 }
 

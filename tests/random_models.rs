@@ -7,6 +7,7 @@ use moewe::{
     device::{DeviceChoice, Tier},
     evaluate::{Expectation, Prompt, RoutedExpectation, Tolerance, verify},
     llm::{Llm, LlmOptions},
+    model::Precision,
     weights::{DummySource, Source, WeightFormat},
 };
 use safetensors::Dtype;
@@ -123,7 +124,7 @@ fn check(config: &Value, seed: u64, prompts: &[(usize, usize)]) {
     for (device, tier, weights) in runs {
         let options = options(dir.path(), device.clone(), weights);
         let mut llm = Llm::open(LlmOptions { tier, ..options }).expect("the checkpoint loads");
-        let tolerance = Tolerance::of(weights, expectation.logit_atol);
+        let tolerance = Tolerance::of(Precision::of(weights), expectation.logit_atol);
         let report = verify(llm.engine.runner(), &expectation, &tolerance).expect("it runs");
         assert!(report.passed, "{device}, {tier:?}, {weights:?}, {config}:\n{report}");
     }

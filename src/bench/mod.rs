@@ -18,7 +18,7 @@ use crate::{
     device::{Device, Plan, Timing},
     engine::Runner,
     llm::LlmOptions,
-    model::{KvCache, Limits, Model, ModelSpec, Precision, arch},
+    model::{KvCache, Limits, Model, ModelSpec, arch},
     weights::DummySource,
 };
 
@@ -49,7 +49,7 @@ pub fn dummy_runner(
     if let Some(tier) = options.tier {
         device.shrink(tier);
     }
-    let (precision, block_size) = (Precision::of(options.weights), options.block_size);
+    let (precision, block_size) = (options.precision(), options.block_size);
     let caps = device.caps();
     let block_bytes = KvCache::block_bytes(&spec, block_size, precision.activations);
     let layer_bytes = (block_bytes / (2 * spec.layers.len() as u64)).max(1);

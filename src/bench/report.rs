@@ -103,7 +103,7 @@ impl Report {
             version: env!("CARGO_PKG_VERSION").into(),
             model: model.into(),
             layers: runner.model().spec.layers.len(),
-            weights: runner.model().precision.experts.to_string(),
+            weights: runner.model().precision.to_string(),
             device,
             driver,
             ceilings,

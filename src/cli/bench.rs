@@ -185,7 +185,7 @@ impl Output {
     fn head(self, report: &Report) -> anyhow::Result<()> {
         match self {
             Self::Table => print_line(format_args!(
-                "{:<18} {:>6} {:<8} {:<20} {:>5} {:>20}",
+                "{:<18} {:>6} {:<11} {:<20} {:>5} {:>20}",
                 "model", "layers", "weights", "test", "batch", "tokens/s"
             )),
             Self::Md => print_line(format_args!(
@@ -203,7 +203,7 @@ impl Output {
         let (mean, deviation) = (row.mean(), row.deviation());
         match self {
             Self::Table => Some(format!(
-                "{model:<18} {layers:>6} {weights:<8} {test:<20} {batch:>5} {mean:>12.1} ± \
+                "{model:<18} {layers:>6} {weights:<11} {test:<20} {batch:>5} {mean:>12.1} ± \
                  {deviation:.1}"
             )),
             Self::Md => Some(format!(

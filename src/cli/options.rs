@@ -17,11 +17,11 @@ use super::devices::DeviceArgs;
 /// Packing of weights.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum Weights {
-    /// Everything in f32, activations too.
+    /// f32, activations too if it is the experts'.
     F32,
-    /// Everything in f16.
+    /// f16.
     F16,
-    /// Experts in int8, the rest in f16.
+    /// int8, by itself for the experts only.
     W8a16,
 }
 
@@ -81,7 +81,12 @@ pub(crate) struct ModelArgs {
     /// Packing of the weights
     #[arg(long, value_enum)]
     weights: Option<Weights>,
-    /// Inputs that share an int8 scale: 32, 64 or 128 [default: one scale per output channel]
+    /// Packing of attention, dense and shared layers, embedding and head; int8 in groups of 32
+    /// inputs unless --group-size says otherwise [default: f32 with f32 experts, else f16]
+    #[arg(long, value_enum)]
+    dense_weights: Option<Weights>,
+    /// Inputs that share an int8 scale: 32, 64 or 128 [default: one scale per output channel of the
+    /// experts]
     #[arg(long)]
     group_size: Option<usize>,
     /// Where weights come from
@@ -117,14 +122,19 @@ pub(crate) struct ModelArgs {
 impl ModelArgs {
     /// As the library wants them; `weights` is what counts if the user did not say.
     pub(crate) fn options(&self, weights: Weights) -> anyhow::Result<LlmOptions> {
-        let weights = match self.weights.unwrap_or(weights) {
+        let format = |weights, group| match weights {
             Weights::F32 => WeightFormat::F32,
             Weights::F16 => WeightFormat::F16,
-            Weights::W8a16 => WeightFormat::W8 { group: self.group_size },
+            Weights::W8a16 => WeightFormat::W8 { group },
         };
+        let weights = format(self.weights.unwrap_or(weights), self.group_size);
+        // Attention and head bear one scale per channel less well than experts do.
+        let dense_group = self.group_size.or(Some(32));
+        let dense_weights = self.dense_weights.map(|weights| format(weights, dense_group));
         check_group_size(self.group_size)?;
-        let int8 = matches!(weights, WeightFormat::W8 { .. });
-        ensure!(self.group_size.is_none() || int8, "--group-size goes with --weights w8a16");
+        let is_int8 = |format| matches!(format, WeightFormat::W8 { .. });
+        let any_int8 = is_int8(weights) || dense_weights.is_some_and(is_int8);
+        ensure!(self.group_size.is_none() || any_int8, "--group-size goes with --weights w8a16");
         ensure!(self.max_num_batched_tokens > 0, "--max-num-batched-tokens must be at least 1");
         ensure!(
             (1..=1024).contains(&self.block_size),
@@ -151,6 +161,7 @@ impl ModelArgs {
                 TierArg::Matrix => Tier::Matrix,
             }),
             weights,
+            dense_weights,
             load_format: match self.load_format {
                 Load::Safetensors => LoadFormat::Safetensors,
                 Load::Dummy => LoadFormat::Dummy,

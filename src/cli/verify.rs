@@ -32,12 +32,12 @@ impl Verify {
     pub(crate) fn run(mut self) -> anyhow::Result<ExitCode> {
         self.model.checkpoint.model = Some(self.dir.display().to_string());
         let options = self.model.options(Weights::F32)?;
-        let weights = options.weights;
+        let precision = options.precision();
         let max_logits = options.max_num_batched_tokens;
         let mut llm = self.model.load(LlmOptions { max_logits, text: false, ..options })?;
         let runner = llm.engine.runner();
         let expectation = Expectation::read(&self.dir, &runner.model().spec)?;
-        let tolerance = Tolerance::of(weights, expectation.logit_atol);
+        let tolerance = Tolerance::of(precision, expectation.logit_atol);
         let report = verify(runner, &expectation, &tolerance)?;
         if self.json {
             print_line(serde_json::to_string(&report)?)?;

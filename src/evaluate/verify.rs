@@ -6,7 +6,7 @@ use std::fmt;
 use crate::{
     Result,
     engine::{Routed, Runner},
-    weights::WeightFormat,
+    model::Precision,
 };
 
 use super::{Expectation, Prompt, Session, Step};
@@ -31,11 +31,11 @@ pub struct Tolerance {
 }
 
 impl Tolerance {
-    /// Bounds for weights in `format`; `logit_atol` is the reference's own for f32.
-    pub fn of(format: WeightFormat, logit_atol: f64) -> Self {
+    /// Bounds for models in `precision`; `logit_atol` is the reference's own for f32.
+    pub fn of(precision: Precision, logit_atol: f64) -> Self {
         let inf = f64::INFINITY;
-        match format {
-            WeightFormat::F32 => Self {
+        match precision.experts.bits().min(precision.rest.bits()) {
+            32 => Self {
                 logit_max: logit_atol,
                 logit_rel: inf,
                 position_rel: inf,
@@ -44,7 +44,7 @@ impl Tolerance {
                 margin_sigmoid: 0.0,
                 top2_gap: 0.0,
             },
-            WeightFormat::F16 => Self {
+            16 => Self {
                 logit_max: 0.3,
                 logit_rel: 0.01,
                 position_rel: inf,
@@ -53,7 +53,7 @@ impl Tolerance {
                 margin_sigmoid: 0.01,
                 top2_gap: 0.1,
             },
-            WeightFormat::W8 { .. } => Self {
+            _ => Self {
                 logit_max: inf,
                 logit_rel: 0.03,
                 position_rel: 0.1,

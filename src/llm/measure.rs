@@ -45,7 +45,7 @@ pub(super) async fn candidates(
         let (name, is_primary) = (device.describe(), all.is_empty());
         let slots = slots(options, spec, limits, &device, is_primary)?;
         let n_rows = options.max_num_seqs.clamp(1, MEASURED_ROWS);
-        let precision = Precision::of(options.weights);
+        let precision = options.precision();
         let (speed, visit_s) = measure(device, spec, precision, n_rows)?;
         let visit_s = if is_primary { 0.0 } else { visit_s };
         all.push(Candidate { choice: choice.clone(), name, rank: Rank { slots, speed, visit_s } });
@@ -61,7 +61,7 @@ fn slots(
     device: &Device,
     is_primary: bool,
 ) -> Result<usize> {
-    let precision = Precision::of(options.weights);
+    let precision = options.precision();
     let share = f64::from(options.gpu_memory_utilization.clamp(0.01, 1.0));
     let given = options.memory_limit.filter(|_| is_primary);
     let total = given.or(device.memory_bytes().map(|bytes| (bytes as f64 * share) as u64));

@@ -5,7 +5,7 @@ use std::fmt;
 use crate::{
     Result,
     device::{Device, DeviceError, Tally},
-    model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Precision, Scratch},
+    model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Scratch},
     parallel::ExpertLayout,
 };
 
@@ -39,7 +39,7 @@ pub(super) fn plan(
     layout: &ExpertLayout,
     device: &Device,
 ) -> Result<(MemoryPlan, usize)> {
-    let (precision, block_size) = (Precision::of(options.weights), options.block_size);
+    let (precision, block_size) = (options.precision(), options.block_size);
     let tally = || Tally { caps: device.caps(), bytes: 0 };
     let (mut weights, mut kv_cache, mut scratch) = (tally(), tally(), tally());
     Model::tally(spec, precision, n_positions, layout, &mut weights)?;

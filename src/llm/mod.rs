@@ -83,6 +83,9 @@ pub struct LlmOptions {
     pub tier: Option<Tier>,
     /// Packing of the experts' weights, see [`Precision::of`].
     pub weights: WeightFormat,
+    /// Packing of all other matrices but the routers, which stay in f32; what goes with `weights` if
+    /// absent.
+    pub dense_weights: Option<WeightFormat>,
     /// Where weights come from.
     pub load_format: LoadFormat,
     /// Whether to load tokenizer and chat template; token ids work without.
@@ -122,6 +125,7 @@ impl Default for LlmOptions {
             expert_cache: None,
             tier: None,
             weights: WeightFormat::W8 { group: None },
+            dense_weights: None,
             load_format: LoadFormat::Safetensors,
             text: true,
             max_model_len: None,
@@ -134,6 +138,14 @@ impl Default for LlmOptions {
             kv_cache_memory: None,
             engine: EngineConfig::default(),
         }
+    }
+}
+
+impl LlmOptions {
+    /// Number formats of the model.
+    pub fn precision(&self) -> Precision {
+        let usual = Precision::of(self.weights);
+        Precision { rest: self.dense_weights.unwrap_or(usual.rest), ..usual }
     }
 }
 
@@ -269,7 +281,7 @@ impl PlannedLlm {
             LoadFormat::Safetensors => Box::new(Checkpoint::from_files(&*self.files, &self.dir)?),
             LoadFormat::Dummy => Box::new(DummySource::new(self.options.engine.seed)),
         };
-        let precision = Precision::of(self.options.weights);
+        let precision = self.options.precision();
         let kv = KvCache::alloc(
             &mut self.device,
             &self.spec,

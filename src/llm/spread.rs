@@ -4,7 +4,7 @@
 use crate::{
     Result,
     device::{Device, DeviceChoice},
-    model::{ExpertCache, ExpertShard, Limits, ModelSpec, Precision},
+    model::{ExpertCache, ExpertShard, Limits, ModelSpec},
     parallel::{
         CacheOptions, EplbOptions, Exchange, ExpertLayout, Owners, ParallelError, Placement, Rank,
         Rebalancer, Sharded, Share, Worker,
@@ -111,7 +111,7 @@ impl Spread {
             if !choices.is_empty() || options.mpi.is_some() {
                 return Err(ParallelError::CacheOnSeveral.into());
             }
-            let slots = ExpertCache::slots(spec, Precision::of(options.weights), cache.bytes)?;
+            let slots = ExpertCache::slots(spec, options.precision(), cache.bytes)?;
             return Ok(Self { cache: Some(cache), slots, ..Self::default() });
         }
         if options.mpi.is_some() {
@@ -224,7 +224,7 @@ impl Spread {
                 return Ok(Some(Box::new(Sharded::new(workers, self.owners.clone()))));
             }
         }
-        let precision = Precision::of(options.weights);
+        let precision = options.precision();
         let devices = std::mem::take(&mut self.devices).into_iter().enumerate();
         let load = |(i, device): (usize, Device)| -> Result<Box<dyn Worker>> {
             let rank = i + 1;

@@ -1,7 +1,7 @@
 //! From a checkpoint's tensors to packed matrices on the device: one tensor in flight, quantised
 //! in parallel. The same code without a device counts the bytes that a model will need.
 
-use std::ops::Range;
+use std::{fmt, ops::Range};
 
 use crate::{
     Result,
@@ -20,7 +20,7 @@ const PIECE_BYTES: usize = 32 << 20;
 pub struct Precision {
     /// Routed experts.
     pub experts: WeightFormat,
-    /// All other matrices.
+    /// All other matrices but the routers.
     pub rest: WeightFormat,
     /// Activations that feed matrix products, and the KV cache: F32 or F16.
     pub activations: DType,
@@ -33,6 +33,17 @@ impl Precision {
         match format {
             WeightFormat::F32 => Self { experts: format, rest: format, activations: DType::F32 },
             _ => Self { experts: format, rest: WeightFormat::F16, activations: DType::F16 },
+        }
+    }
+}
+
+impl fmt::Display for Precision {
+    /// The experts' format, and the others' unless it is what goes with that.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { experts, rest, .. } = self;
+        match *rest == Self::of(*experts).rest {
+            true => write!(f, "{experts}"),
+            false => write!(f, "{experts}/{rest}"),
         }
     }
 }
