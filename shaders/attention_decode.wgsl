@@ -27,18 +27,19 @@ override LANES: u32 = 16u;  // threads across a head: HEAD4 as a power of two, a
 override HEADS: u32 = 1u;   // query heads at once: a power of two, at most 8; HEADS * HEAD4 <= 256
 override PARTS: u32 = 1u;   // workgroups that share the tiles, at most
 
-const THREADS: u32 = 128u;
+override THREADS: u32 = 128u;  // at most MOST, at least LANES and HEADS
+
+const MOST: u32 = 128u;
 const PADDING: u32 = 0xffffffffu;
 const LOWEST: f32 = -1e38;
-const MAXIMA: u32 = 16u;  // partial maxima of a head's tile
 
 var<workgroup> queries: array<vec4<f32>, 256>;       // [HEADS, HEAD4], scaled
 var<workgroup> scores: array<f32, 1024>;             // [HEADS, THREADS]
 var<workgroup> probs: array<f32, 1024>;              // [HEADS, THREADS], not yet normalised
-var<workgroup> rows: array<u32, THREADS>;            // of the tile's positions in the cache
-var<workgroup> maxima: array<f32, THREADS>;          // [HEADS, MAXIMA]
+var<workgroup> rows: array<u32, MOST>;            // of the tile's positions in the cache
+var<workgroup> maxima: array<f32, MOST>;          // [HEADS, n_maxima]
 var<workgroup> rescale: array<f32, 8>;               // [HEADS]: what a larger maximum costs
-var<workgroup> partials: array<vec4<f32>, THREADS>;  // [THREADS / LANES, LANES]
+var<workgroup> partials: array<vec4<f32>, MOST>;  // [THREADS / LANES, LANES]
 var<workgroup> n_done: u32;
 
 fn write_scores(row: u32, live: bool, lid: u32) {
@@ -138,9 +139,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 
     let v_lane = min(lid % LANES, HEAD4 - 1u);
     let split = lid / LANES;
-    let n_splits = THREADS / LANES;  // at most 32, so that j + 3 * n_splits < THREADS
+    let n_splits = THREADS / LANES;  // at most THREADS / 4, so that j + 3 * n_splits < THREADS
     let n_subs = THREADS / HEADS;  // threads of one head's softmax
     let softmax_head = lid / n_subs;
+    let n_maxima = min(n_subs, 16u);  // partial maxima of a head's tile
     var peak = LOWEST;
     var sums: array<f32, 8>;       // [HEADS] of this split
     var acc: array<vec4<f32>, 8>;  // [HEADS] of this split and lane
@@ -150,17 +152,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         write_scores(row, lid < n, lid);
         workgroupBarrier();
         rows[lid] = row;
-        if (lid < HEADS * MAXIMA) {
+        if (lid < HEADS * n_maxima) {
             var partial = LOWEST;
-            for (var j = lid % MAXIMA; j < n; j += MAXIMA) {
-                partial = max(partial, scores[lid / MAXIMA * THREADS + j]);
+            for (var j = lid % n_maxima; j < n; j += n_maxima) {
+                partial = max(partial, scores[lid / n_maxima * THREADS + j]);
             }
             maxima[lid] = partial;
         }
         workgroupBarrier();
         var new_peak = peak;
-        for (var i = 0u; i < MAXIMA; i++) {
-            new_peak = max(new_peak, maxima[softmax_head * MAXIMA + i]);
+        for (var i = 0u; i < n_maxima; i++) {
+            new_peak = max(new_peak, maxima[softmax_head * n_maxima + i]);
         }
         for (var j = lid % n_subs; j < THREADS; j += n_subs) {
             let at = softmax_head * THREADS + j;

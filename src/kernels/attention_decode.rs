@@ -128,14 +128,17 @@ impl Kernel for AttentionDecode {
 
     fn launch(&self, caps: &Caps) -> Launch<AttentionParams> {
         let head4 = self.head_dim as u32 / 4;
-        // At least 4: the shader takes four strides of up to 32 positions at once.
+        // At least 4: the shader takes four strides of positions at once.
         let lanes = head4.next_power_of_two().max(4);
         let Split { heads, parts } = self.split(caps);
         let n_groups = self.n_kv_heads * (self.n_heads / self.n_kv_heads).div_ceil(heads);
         let n_tokens = self.tokens.rows() as u32;
         let (grid_y, grid_z) = grid_2d(n_tokens, caps);
+        // A CPU that plays GPU runs threads one after another, and most have nothing to do.
+        let threads = if caps.software { lanes.max(32) } else { TILE as u32 };
         Launch {
             shader: Shader::new(Self::NAME)
+                .set("THREADS", threads)
                 .slot("act", float_slot(self.k_cache.dtype, caps))
                 .slot("out", float_slot(self.out.dtype, caps))
                 .set("HEAD4", head4)

@@ -69,8 +69,9 @@ enum Shared {
 
 /// Whether so few tokens visit each expert that reading weights per token beats aligned tiles,
 /// most of whose rows would be padding: measured on an H200 and on lavapipe.
-fn few(n_tokens: usize, routing: &Routing) -> bool {
-    n_tokens * routing.top_k <= (2 * routing.n_experts).max(8)
+fn few(caps: &Caps, n_tokens: usize, routing: &Routing) -> bool {
+    let most = if caps.software { 16 } else { 2 };
+    n_tokens * routing.top_k <= (most * routing.n_experts).max(8)
 }
 
 /// Rows of an expert's block in a step of `n_tokens`; 1 where experts run without blocks.
@@ -82,7 +83,7 @@ pub(super) fn block_tokens(
 ) -> usize {
     let activations = precision.activations;
     let n_slots = n_tokens * routing.top_k;
-    match few(n_tokens, routing) {
+    match few(caps, n_tokens, routing) {
         true => 1,
         false => ExpertGemm::block_size(caps, activations, n_slots, routing.n_experts),
     }
@@ -309,7 +310,7 @@ impl RoutedExperts {
         out: Tensor,
     ) {
         if self.n_held == 0 {
-        } else if few(x.rows(), &self.routing) {
+        } else if few(rec.caps(), x.rows(), &self.routing) {
             self.record_few(rec, buffers, x, ids, weights, out);
         } else {
             self.record_many(rec, buffers, x, ids, weights, out);
