@@ -197,8 +197,8 @@ impl Engine {
     /// there is nothing to do.
     ///
     /// # Errors
-    /// [`crate::device::DeviceError`] if the device has failed, [`crate::parallel::ParallelError`] if
-    /// another one that has experts has.
+    /// [`crate::device::DeviceError`] if the device has failed, [`crate::parallel::ParallelError`]
+    /// if another one that has experts has.
     pub fn probe(&mut self) -> Result<()> {
         self.runner.device().probe()?;
         self.runner.exchange().map_or(Ok(()), |exchange| exchange.probe())

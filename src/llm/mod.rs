@@ -83,8 +83,8 @@ pub struct LlmOptions {
     pub tier: Option<Tier>,
     /// Packing of the experts' weights, see [`Precision::of`].
     pub weights: WeightFormat,
-    /// Packing of all other matrices but the routers, which stay in f32; what goes with `weights` if
-    /// absent.
+    /// Packing of all other matrices but the routers, which stay in f32; what goes with `weights`
+    /// if absent.
     pub dense_weights: Option<WeightFormat>,
     /// Where weights come from.
     pub load_format: LoadFormat,
