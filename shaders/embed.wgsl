@@ -15,7 +15,7 @@ struct Params {
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> ids: array<u32>;              // [n_ids]
 @group(0) @binding(2) var<storage, read> sampled: array<u32>;
-@group(0) @binding(3) var<storage, read> weights: array<vec4<u32>>;    // [n_rows, n_chunks]
+@group(0) @binding(3) var<storage, read> weights: array<vec4<u32>>;    // [n_rows / 4, n_chunks, 4]
 @group(0) @binding(4) var<storage, read> scales: array<f32>;           // [n_rows, scales_per_row]
 @group(0) @binding(5) var<storage, read_write> out: array<vec4<f32>>;  // [n_ids, stride4]
 
@@ -38,7 +38,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     for (var c = lid; c < p.stride4; c += LANES) {
         let chunk = c / (CHUNK / 4u);
-        let unpacked = weight4(weights[row * p.n_chunks + chunk], c % (CHUNK / 4u));
+        let at = (row / 4u * p.n_chunks + chunk) * 4u + row % 4u;
+        let unpacked = weight4(weights[at], c % (CHUNK / 4u));
         out[i * p.stride4 + c] = unpacked * weight_scale(row, chunk);
     }
 }

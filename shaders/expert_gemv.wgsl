@@ -19,7 +19,8 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>;  // [n_experts, rows, n_chunks]
+// [experts, rows / 4, n_chunks, 4]
+@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> scales: array<f32>;  // [n_experts, rows, scales_per_row]
 @group(0) @binding(3) var<storage, read> x: array<act4>;      // [tokens or slots, x_stride4]
 @group(0) @binding(4) var<storage, read> ids: array<i32>;     // [tokens, top_k], -1: skip

@@ -16,7 +16,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>;  // [n_rows, n_chunks]
+@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>;  // [n_rows / 4, n_chunks, 4]
 @group(0) @binding(2) var<storage, read> scales: array<f32>;         // [n_rows, scales_per_row]
 @group(0) @binding(3) var<storage, read> bias: array<vec4<f32>>;     // [n_rows / 4] if BIAS
 @group(0) @binding(4) var<storage, read> x: array<x_vec>;            // [n_tokens, x_stride4]

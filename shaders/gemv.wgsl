@@ -20,7 +20,8 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>;  // [n_rows (x2), n_chunks]
+// [n_rows (x2) / 4, n_chunks, 4]
+@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> scales: array<f32>;         // [rows, scales_per_row]
 @group(0) @binding(3) var<storage, read> bias: array<vec4<f32>>;     // [n_rows / 4] if BIAS
 @group(0) @binding(4) var<storage, read> x: array<act4>;             // [n_tokens, x_stride4]

@@ -26,7 +26,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>;  // [n_rows, n_chunks]
+@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>;  // [n_rows / 4, n_chunks, 4]
 // Weights of the norm [x_stride4], then if BIAS what is added for the choice [n_experts]
 @group(0) @binding(2) var<storage, read> vectors: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;        // [n_tokens, x_stride4]

@@ -27,6 +27,7 @@ struct Params {
 @group(0) @binding(7) var<storage, read_write> ids: array<u32>;            // [n_rows]
 
 const THREADS: u32 = 256u;
+const LOADS: u32 = 16u;               // vec4s of logits that a thread has under way
 const GROUPS: u32 = 16u;              // threads of the first half of a reduction
 const LOWEST: f32 = -3.4028234e38;    // stands for a token that cannot be chosen
 const LIMIT: f32 = 3e38;              // logits are clamped to +-LIMIT, penalised ones too
@@ -156,26 +157,36 @@ fn penalised(logit: f32, id: u32, s: SamplingRow) -> f32 {
 // penalised logits in scratch. Later each thread reads only what it wrote here.
 fn prepare(base: u32, lid: u32, s: SamplingRow, greedy: bool) -> Tally {
     var tally = Tally(LOWEST, LOWEST, NO_ID, 0u);
-    for (var i = lid; i * 4u < p.n_vocab; i += THREADS) {
-        let x = logits[base + i];
-        let bits = bitcast<vec4<u32>>(x);
-        let id = vec4(i * 4u) + vec4(0u, 1u, 2u, 3u);
-        let real = id < vec4(p.n_vocab);
-        let finite = (bits & vec4(0x7f800000u)) != vec4(0x7f800000u);
-        if (any(real & !finite & (bits != vec4(0xff800000u)))) {
-            tally.fault = 1u;
+    for (var first = lid; first * 4u < p.n_vocab; first += LOADS * THREADS) {
+        var loaded: array<vec4<f32>, LOADS>;
+        for (var j = 0u; j < LOADS; j++) {
+            loaded[j] = logits[base + min(first + j * THREADS, p.stride4 - 1u)];
         }
-        var y = select(vec4(LOWEST), clamp(x, vec4(-LIMIT), vec4(LIMIT)), real & finite);
-        if (s.mask_row != NO_MASK || s.n_biases > 0u) {
-            y = constrained(y, i, s);
-        }
-        if (s.counts_row < p.counts_rows) {
-            y = vec4(penalised(y.x, id.x, s), penalised(y.y, id.y, s),
-                     penalised(y.z, id.z, s), penalised(y.w, id.w, s));
-        }
-        tally = with_scores(tally, y, i * 4u);
-        if (!greedy) {
-            scratch[base + i] = y;
+        for (var j = 0u; j < LOADS; j++) {
+            let i = first + j * THREADS;
+            if (i * 4u >= p.n_vocab) {
+                break;
+            }
+            let x = loaded[j];
+            let bits = bitcast<vec4<u32>>(x);
+            let id = vec4(i * 4u) + vec4(0u, 1u, 2u, 3u);
+            let real = id < vec4(p.n_vocab);
+            let finite = (bits & vec4(0x7f800000u)) != vec4(0x7f800000u);
+            if (any(real & !finite & (bits != vec4(0xff800000u)))) {
+                tally.fault = 1u;
+            }
+            var y = select(vec4(LOWEST), clamp(x, vec4(-LIMIT), vec4(LIMIT)), real & finite);
+            if (s.mask_row != NO_MASK || s.n_biases > 0u) {
+                y = constrained(y, i, s);
+            }
+            if (s.counts_row < p.counts_rows) {
+                y = vec4(penalised(y.x, id.x, s), penalised(y.y, id.y, s),
+                         penalised(y.z, id.z, s), penalised(y.w, id.w, s));
+            }
+            tally = with_scores(tally, y, i * 4u);
+            if (!greedy) {
+                scratch[base + i] = y;
+            }
         }
     }
     return merge_all(tally, lid);

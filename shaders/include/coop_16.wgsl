@@ -4,4 +4,4 @@ const TILE_TOKENS: u32 = 16u;
 const FM: u32 = 1u;
 const FN: u32 = 2u;
 const SG_M: u32 = 1u;
-const STEP: u32 = 32u;
+const STEP: u32 = 64u;

@@ -31,78 +31,71 @@ var<private> squares: array<f32, 8>;
 var<workgroup> part_dots: array<vec4<f32>, 256>;
 var<workgroup> part_squares: array<f32, 128>;
 
-// Written out, since an indexed vector is slow where a driver does not unroll the loop.
-fn chunk_dot(chunk: vec4<u32>, x: mat4x4<f32>) -> f32 {
-    var sum = dot(weight4(chunk, 0u), x[0]);
-    if (CHUNK > 4u) {
-        sum += dot(weight4(chunk, 1u), x[1]);
-    }
-    if (CHUNK > 8u) {
-        sum += dot(weight4(chunk, 2u), x[2]);
-        sum += dot(weight4(chunk, 3u), x[3]);
-    }
-    return sum;
-}
-
-fn activations(t: u32, x_row: u32, chunk: u32) -> mat4x4<f32> {
-    let col = chunk * (CHUNK / 4u);
-    var x: mat4x4<f32>;
-    x[0] = activation(t, x_row, col);
-    if (CHUNK > 4u) {
-        x[1] = activation(t, x_row, col + 1u);
-    }
-    if (CHUNK > 8u) {
-        x[2] = activation(t, x_row, col + 2u);
-        x[3] = activation(t, x_row, col + 3u);
-    }
-    return x;
-}
-
-// Products of a chunk of four rows with the same activations.
-fn quad_dot(w0: vec4<u32>, w1: vec4<u32>, w2: vec4<u32>, w3: vec4<u32>,
-            x: mat4x4<f32>) -> vec4<f32> {
-    return vec4(chunk_dot(w0, x), chunk_dot(w1, x), chunk_dot(w2, x), chunk_dot(w3, x));
-}
-
-// Adds the products of one chunk. One token is written out, since an array that is indexed at run
-// time is slow where a driver does not unroll the loop.
-fn add_chunk(row: u32, up_row: u32, x_row: u32, n_live: u32, c: u32) {
-    let at = row * p.n_chunks + c;
-    let w0 = weights[at];
-    let w1 = weights[at + p.n_chunks];
-    let w2 = weights[at + 2u * p.n_chunks];
-    let w3 = weights[at + 3u * p.n_chunks];
-    var u0 = w0;
-    var u1 = w1;
-    var u2 = w2;
-    var u3 = w3;
+// Adds the products of vec4 `i` of a chunk, with `i` written out by callers: an indexed vector is
+// slow where a driver does not unroll loops, and so is an indexed array, hence the case of one
+// token. Weights are unpacked once for all tokens.
+fn add_vec4(w: Quad, u: Quad, i: u32, x_row: u32, n_live: u32, c: u32) {
+    let col4 = c * (CHUNK / 4u) + i;
+    let rows = quad_vec4(w, i);
+    var up_rows = rows;
     if (SETS == 2u) {
-        let at = up_row * p.n_chunks + c;
-        u0 = weights[at];
-        u1 = weights[at + p.n_chunks];
-        u2 = weights[at + 2u * p.n_chunks];
-        u3 = weights[at + 3u * p.n_chunks];
-    }
-    var scale = vec4(1.0);
-    var up_scale = vec4(1.0);
-    if (!scale_is_per_row()) {
-        scale = scales4(row, c);
-        up_scale = scales4(up_row, c);
+        up_rows = quad_vec4(u, i);
     }
     if (TOKENS == 1u) {
-        let x = activations(0u, x_row, c);
-        dots[0] += scale * quad_dot(w0, w1, w2, w3, x);
+        let x = activation(0u, x_row, col4);
+        dots[0] += w.scale * (x * rows);
         if (SETS == 2u) {
-            dots[1] += up_scale * quad_dot(u0, u1, u2, u3, x);
+            dots[1] += u.scale * (x * up_rows);
         }
         return;
     }
     for (var t = 0u; t < TOKENS; t++) {
-        let x = activations(t, x_row + min(t, n_live - 1u), c);
-        dots[t * SETS] += scale * quad_dot(w0, w1, w2, w3, x);
+        let x = activation(t, x_row + min(t, n_live - 1u), col4);
+        dots[t * SETS] += w.scale * (x * rows);
         if (SETS == 2u) {
-            dots[t * SETS + 1u] += up_scale * quad_dot(u0, u1, u2, u3, x);
+            dots[t * SETS + 1u] += u.scale * (x * up_rows);
         }
+    }
+}
+
+// A chunk of each of four neighbouring rows.
+struct Quad {
+    c0: vec4<u32>,
+    c1: vec4<u32>,
+    c2: vec4<u32>,
+    c3: vec4<u32>,
+    scale: vec4<f32>,
+}
+
+fn load_quad(row: u32, c: u32) -> Quad {
+    let at = row * p.n_chunks + c * 4u;
+    var scale = vec4(1.0);
+    if (!scale_is_per_row()) {
+        scale = scales4(row, c);
+    }
+    return Quad(weights[at], weights[at + 1u], weights[at + 2u], weights[at + 3u], scale);
+}
+
+// Vec4 `i` of each row, as columns.
+fn quad_vec4(quad: Quad, i: u32) -> mat4x4<f32> {
+    return mat4x4(weight4(quad.c0, i), weight4(quad.c1, i), weight4(quad.c2, i),
+                  weight4(quad.c3, i));
+}
+
+// Adds the products of one chunk.
+fn add_chunk(row: u32, up_row: u32, x_row: u32, n_live: u32, c: u32) {
+    let w = load_quad(row, c);
+    var u = w;
+    if (SETS == 2u) {
+        u = load_quad(up_row, c);
+    }
+    add_vec4(w, u, 0u, x_row, n_live, c);
+    if (CHUNK > 4u) {
+        add_vec4(w, u, 1u, x_row, n_live, c);
+    }
+    if (CHUNK > 8u) {
+        add_vec4(w, u, 2u, x_row, n_live, c);
+        add_vec4(w, u, 3u, x_row, n_live, c);
     }
 }
 

@@ -39,7 +39,7 @@ const X_LOADS: u32 = (TILE_TOKENS + X_ROWS - 1u) / X_ROWS;
 const W_LOADS: u32 = TILE_ROWS / W_ROWS;
 // Tokens between two matrices of tokens of a subgroup.
 const M_STEP: u32 = SG_M * 16u;
-// Rows of two matrices side by side as a subgroup stores them, in vec4s.
+// From row to row of two matrices side by side as a subgroup stores them, in vec4s.
 const SUM_STRIDE: u32 = 9u;
 
 // Rows of x, of weights, of what rounding them to f16 has left if they are f32.
@@ -47,7 +47,10 @@ const W_TILE: u32 = TILE_TOKENS * STRIDE;
 const REST: u32 = TILE_ROWS * STRIDE;
 const STAGED: u32 = W_TILE + REST * (1u + 4u / CHUNK);
 var<workgroup> staged: array<vec4<f16>, STAGED>;
-var<workgroup> sums: array<vec4<f32>, 64u * SUM_STRIDE>;  // [4 subgroups, 16 tokens]
+// One subgroup's at a time: what a workgroup takes decides how many a processor holds.
+var<workgroup> sums: array<vec4<f32>, 16u * SUM_STRIDE>;  // [16 tokens]
+// Scales of whole rows, read long before they are needed. [TILE_ROWS]
+var<workgroup> row_scales: array<f32, TILE_ROWS>;
 
 // Neighbouring threads take neighbouring rows: their stores go to different banks.
 fn x_row(i: u32, lid: u32) -> u32 { return lid % 8u + lid / (8u * STEP8) * 8u + i * X_ROWS; }
@@ -95,7 +98,7 @@ fn load_w(i: u32, row: u32, chunk: u32, lid: u32) -> vec4<u32> {
         if (STEP8 > 4u) {
             at = min(at, p.n_chunks - 1u);
         }
-        return weights[row * p.n_chunks + at];
+        return weights[(row / 4u * p.n_chunks + at) * 4u + row % 4u];
     }
     return vec4(0u);
 }
@@ -152,64 +155,55 @@ fn stage_w(i: u32, v: vec4<u32>, row: u32, chunk: u32, lid: u32) {
     }
 }
 
-// Passes two matrices of sums, tokens `token`.. of the tile, to `store`: features `feature`.. and
-// the next 16; if GATED, the gates and the ups of 16 features.
-fn store_pair(m0: MatrixSum, m1: MatrixSum, token: u32, feature: u32, first: u32, last: u32,
-              lid: u32) {
-    let begin = lid / 32u * 16u * SUM_STRIDE;
+// Passes two matrices of each subgroup's sums to `store`: tokens and features that begin `token`
+// and `feature` after the subgroup's first; if GATED, the gates and the ups of 16 features.
+fn store_pair(m0: MatrixSum, m1: MatrixSum, token: u32, feature: u32, lid: u32) {
     let stride = SUM_STRIDE;
-    let at0 = begin;
-    let at1 = begin + 4u;
     let d0 = m0;
     let d1 = m1;
-    coopStoreT(d0, &sums[at0], stride);
-    coopStoreT(d1, &sums[at1], stride);
-    workgroupBarrier();
-    if (GATED) {
-        for (var i = lid % 32u; i < 64u; i += 32u) {
-            let at = begin + i / 4u * SUM_STRIDE + i % 4u;
-            let col = feature + i % 4u * 4u;
-            var gate = sums[at];
-            var up = sums[at + 4u];
-            if (scale_is_per_row()) {
-                let row = min(first + col, last);
-                gate *= row_scales(row);
-                up *= row_scales(row + p.n_rows / 2u);
-            }
-            store(token + i / 4u, col, gate / (1.0 + exp(-gate)) * up);
+    for (var subgroup = 0u; subgroup < THREADS / 32u; subgroup++) {
+        if (lid / 32u == subgroup) {
+            coopStoreT(d0, &sums[0], stride);
+            coopStoreT(d1, &sums[4], stride);
         }
-    } else {
-        for (var i = lid % 32u; i < 128u; i += 32u) {
-            let col = feature + i % 8u * 4u;
-            var sum = sums[begin + i / 8u * SUM_STRIDE + i % 8u];
-            if (scale_is_per_row()) {
-                sum *= row_scales(min(first + col, last));
-            }
-            store(token + i / 8u, col, sum);
+        workgroupBarrier();
+        let sg_token = subgroup % SG_M * 16u + token;
+        if (GATED && lid < 64u) {
+            let at = lid / 4u * SUM_STRIDE + lid % 4u;
+            let row = subgroup / SG_M * SUM_COLS + feature + lid % 4u * 4u;
+            let gate = sums[at] * scales_of(row);
+            let up = sums[at + 4u] * scales_of(row + HALF);
+            let y = gate / (1.0 + exp(-gate)) * up;
+            store(sg_token + lid / 4u, subgroup / SG_M * HALF + feature + lid % 4u * 4u, y);
+        } else if (!GATED) {
+            let row = subgroup / SG_M * SUM_COLS + feature + lid % 8u * 4u;
+            let sum = sums[lid / 8u * SUM_STRIDE + lid % 8u];
+            store(sg_token + lid / 8u, row, sum * scales_of(row));
         }
+        workgroupBarrier();
     }
-    workgroupBarrier();
 }
 
-// Passes a row of matrices, tokens `token`.. of the tile, to `store`.
-fn store_row(m0: MatrixSum, m1: MatrixSum, m2: MatrixSum, m3: MatrixSum, token: u32, sg_row: u32,
-             first: u32, last: u32, lid: u32) {
+// Passes a row of matrices to `store`, tokens that begin `token` after the subgroup's first.
+fn store_row(m0: MatrixSum, m1: MatrixSum, m2: MatrixSum, m3: MatrixSum, token: u32, lid: u32) {
     if (GATED && FN > 2u) {
-        store_pair(m0, m2, token, sg_row / 2u, first, last, lid);
-        store_pair(m1, m3, token, sg_row / 2u + 16u, first, last, lid);
-    } else if (GATED) {
-        store_pair(m0, m1, token, sg_row / 2u, first, last, lid);
+        store_pair(m0, m2, token, 0u, lid);
+        store_pair(m1, m3, token, 16u, lid);
     } else {
-        store_pair(m0, m1, token, sg_row, first, last, lid);
+        store_pair(m0, m1, token, 0u, lid);
         if (FN > 2u) {
-            store_pair(m2, m3, token, sg_row + 32u, first, last, lid);
+            store_pair(m2, m3, token, 32u, lid);
         }
     }
 }
 
-fn row_scales(row: u32) -> vec4<f32> {
-    return vec4(weight_scale(row, 0u), weight_scale(row + 1u, 0u),
-                weight_scale(row + 2u, 0u), weight_scale(row + 3u, 0u));
+// Scales of four of the tile's rows that still have to be applied to their sums.
+fn scales_of(row: u32) -> vec4<f32> {
+    if (scale_is_per_row()) {
+        return vec4(row_scales[row], row_scales[row + 1u], row_scales[row + 2u],
+                    row_scales[row + 3u]);
+    }
+    return vec4(1.0);
 }
 
 // Multiplies, and passes the sums to `store`. All threads of the workgroup must call it together.
@@ -244,6 +238,9 @@ fn tile(first: u32, last: u32, lid: u32) {
     var w5 = load_w(5u, w_row5, 0u, lid);
     var w6 = load_w(6u, w_row6, 0u, lid);
     var w7 = load_w(7u, w_row7, 0u, lid);
+    if (scale_is_per_row()) {
+        row_scales[lid] = weight_scale(weight_row(lid, first, last), 0u);
+    }
     var c00: MatrixSum; var c01: MatrixSum; var c02: MatrixSum; var c03: MatrixSum;
     var c10: MatrixSum; var c11: MatrixSum; var c12: MatrixSum; var c13: MatrixSum;
     var c20: MatrixSum; var c21: MatrixSum; var c22: MatrixSum; var c23: MatrixSum;
@@ -326,14 +323,14 @@ fn tile(first: u32, last: u32, lid: u32) {
         }
         workgroupBarrier();
     }
-    store_row(c00, c01, c02, c03, sg_token, sg_row, first, last, lid);
+    store_row(c00, c01, c02, c03, 0u, lid);
     if (FM > 1u) {
-        store_row(c10, c11, c12, c13, sg_token + M_STEP, sg_row, first, last, lid);
+        store_row(c10, c11, c12, c13, M_STEP, lid);
     }
     if (FM > 2u) {
-        store_row(c20, c21, c22, c23, sg_token + 2u * M_STEP, sg_row, first, last, lid);
+        store_row(c20, c21, c22, c23, 2u * M_STEP, lid);
     }
     if (FM > 3u) {
-        store_row(c30, c31, c32, c33, sg_token + 3u * M_STEP, sg_row, first, last, lid);
+        store_row(c30, c31, c32, c33, 3u * M_STEP, lid);
     }
 }

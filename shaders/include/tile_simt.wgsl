@@ -70,11 +70,11 @@ fn stage_weights(first: u32, last: u32, chunk: u32, lid: u32) {
     for (var i = lid; i < ROWS4 * (TILE_COLS / CHUNK); i += THREADS) {
         let row = min(first + i % ROWS4 * 4u, last);
         let c = i / ROWS4;
-        let at = row * p.n_chunks + chunk + c;
+        let at = row * p.n_chunks + (chunk + c) * 4u;
         let w0 = weights[at];
-        let w1 = weights[at + p.n_chunks];
-        let w2 = weights[at + 2u * p.n_chunks];
-        let w3 = weights[at + 3u * p.n_chunks];
+        let w1 = weights[at + 1u];
+        let w2 = weights[at + 2u];
+        let w3 = weights[at + 3u];
         let scale = vec4(weight_scale(row, chunk + c), weight_scale(row + 1u, chunk + c),
                          weight_scale(row + 2u, chunk + c), weight_scale(row + 3u, chunk + c));
         for (var j = 0u; j < CHUNK / 4u; j++) {

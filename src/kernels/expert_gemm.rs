@@ -69,8 +69,9 @@ impl ExpertGemm {
             // Measured on an H200.
             Tile::Coop => match average {
                 0..=12 => 16,
-                13..=20 => 32,
-                _ => 64,
+                13..=40 => 32,
+                41..=80 => 64,
+                _ => 128,
             },
         }
     }

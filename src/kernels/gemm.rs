@@ -17,7 +17,7 @@ pub(super) const TILE_TOKENS: usize = 32;
 /// Up to this many rows of activations [`Gemv`] is faster for a router on a large GPU.
 const ROUTER_GEMV_TOKENS: usize = 1024;
 /// Workgroup memory that the largest cooperative tile takes, bytes.
-const WORKGROUP_BYTES: u32 = 39_936;
+const WORKGROUP_BYTES: u32 = 33_536;
 /// Up to this many rows of activations [`Gemv`] is faster; measured on lavapipe with 512 x 512
 /// weights, f16 and int8.
 pub const GEMV_TOKENS: usize = 16;
@@ -126,10 +126,20 @@ pub fn product(rec: &mut Recording, gemm: Gemm) {
         && weights.format == WeightFormat::F32
         && weights.rows <= 1024
         && x.rows() <= most;
-    if x.rows() <= GEMV_TOKENS || narrow {
+    if x.rows() <= gemv_tokens(rec.caps(), &weights, x.dtype) || narrow {
         rec.push(Gemv { label, weights, bias, x, norm: None, out, out_col, store });
     } else {
         rec.push(gemm);
+    }
+}
+
+/// Up to this many rows of activations [`Gemv`] is faster. On a large GPU (measured on an H200) few
+/// tiles leave most of it idle, and many are faster as soon as weights would be read twice.
+fn gemv_tokens(caps: &Caps, weights: &Matrix, activations: DType) -> usize {
+    match (Tile::of(caps, activations), columns(weights.rows, false)) {
+        (Tile::Coop, ..=20) => 32,
+        (Tile::Coop, 256..) => 4,
+        _ => GEMV_TOKENS,
     }
 }
 
@@ -240,7 +250,7 @@ mod tests {
     use crate::{
         device::DType::{F16, F32, U8},
         kernels::testing::{FORMATS, check, check_matrix, gpu},
-        weights::WeightFormat,
+        weights::{WeightFormat, interleave},
     };
 
     #[test]
@@ -321,13 +331,15 @@ mod tests {
     /// `x [33, COLS]` times packed weights `[ROWS, COLS]` on the GPU.
     fn run(x: &[f32], format: WeightFormat, weights: &[u8], scales: &[f32]) -> Vec<f32> {
         let mut device = gpu();
+        let mut weights = weights.to_vec();
+        interleave(&mut weights, format.bytes_per_row(COLS));
         let mut upload = |shape: &[usize], dtype, bytes: &[u8]| {
             let tensor = device.alloc("test", shape, dtype).unwrap();
             device.write(&tensor, bytes);
             tensor
         };
         let x = upload(&[33, COLS], F32, bytemuck::cast_slice(x));
-        let weights = upload(&[weights.len()], U8, weights);
+        let weights = upload(&[weights.len()], U8, &weights);
         let scales = match scales.len() {
             0 => weights,
             n => upload(&[n], F32, bytemuck::cast_slice(scales)),

@@ -2,7 +2,7 @@
 
 use crate::{
     device::{Caps, Shader, Tensor},
-    weights::WeightFormat,
+    weights::{WeightFormat, interleaved_row},
 };
 
 use super::{has_subgroup_sums, sum_lanes};
@@ -11,7 +11,7 @@ use super::{has_subgroup_sums, sum_lanes};
 /// multiple of [`crate::weights::PAD`]. A plain matrix has one expert.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Matrix {
-    /// Packed rows. U8 `[n_experts, rows, row bytes]`
+    /// Packed rows, [interleaved](crate::weights::interleave). U8 `[n_experts, rows, row bytes]`
     pub weights: Tensor,
     /// Scales of int8 rows, F32 `[n_experts, rows, scales_per_row]`; `weights` again for floats,
     /// whose kernels never read it.
@@ -168,7 +168,7 @@ impl<'a> Rows<'a> {
     pub(crate) fn row(&self, row: usize) -> Vec<f32> {
         let n = self.format.scales_per_row(self.cols);
         self.format.decode_row(
-            &self.weights[row * self.row_bytes..][..self.row_bytes],
+            &interleaved_row(self.weights, self.row_bytes, row),
             self.scales.get(row * n..(row + 1) * n).unwrap_or_default(),
             self.cols,
         )

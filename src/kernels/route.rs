@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::{
     device::{Binding, Caps, Io, Kernel, Launch, Shader, Tensor, params},
-    weights::WeightFormat,
+    weights::{WeightFormat, interleaved_row},
 };
 
 use super::{
@@ -42,6 +42,9 @@ pub struct Route {
     pub routing: Routing,
 }
 
+/// Workgroup memory that the shader takes at most, where sums have no subgroups; in bytes.
+const WORKGROUP_BYTES: u32 = 17 << 10;
+
 impl Route {
     /// Up to this many tokens one launch is faster than three; each reads the router for itself.
     pub const MOST_TOKENS: usize = 32;
@@ -49,6 +52,7 @@ impl Route {
     /// Whether devices with `caps` can run it for `routing`.
     pub fn serves(caps: &Caps, routing: &Routing) -> bool {
         caps.ordered_groups
+            && caps.max_workgroup_bytes >= WORKGROUP_BYTES
             && routing.n_experts <= 256
             && routing.top_k <= MAX_TOP_K
             && routing.n_group <= MAX_GROUPS
@@ -139,8 +143,8 @@ impl Kernel for Route {
         let (n_experts, k) = (p.n_experts as usize, p.top_k as usize);
         let bias = option("BIAS").then(|| &bias[..n_experts]);
         let (n_rows, n_chunks) = (p.n_rows as usize, p.n_chunks as usize);
-        let weights = bits.chunks_exact(n_chunks * 16).map(bytemuck::pod_collect_to_vec::<u8, f32>);
-        let weights: Vec<Vec<f32>> = weights.take(n_rows).collect();
+        let row = |row| bytemuck::pod_collect_to_vec(&interleaved_row(&bits, n_chunks * 16, row));
+        let weights: Vec<Vec<f32>> = (0..n_rows).map(row).collect();
         let rule = GroupedTopkParams {
             n_tokens: 1,
             n_experts: p.n_experts,

@@ -11,7 +11,7 @@ use crate::{
         Access, Allocate, Caps, DType, Device, DeviceChoice, Dispatch, Recording, Tensor, Tier,
         compose,
     },
-    weights::{WeightFormat, padded},
+    weights::{WeightFormat, interleave, padded},
 };
 
 use super::Matrix;
@@ -121,9 +121,10 @@ impl Bench {
         let values: Vec<f32> = (0..n_rows * cols)
             .map(|i| if i / cols % padded(rows) < rows { self.value() * 0.1 } else { 0.0 })
             .collect();
-        let encoded = format
+        let mut encoded = format
             .encode("test", n_rows, cols, |r, out| out.copy_from_slice(&values[r * cols..][..cols]))
             .unwrap();
+        interleave(&mut encoded.weights, format.bytes_per_row(cols));
         let shape = [n_experts, padded(rows), format.bytes_per_row(cols)];
         let weights = self.tensor(&shape, DType::U8, &encoded.weights);
         let scales = match encoded.scales.len() {

@@ -70,8 +70,9 @@ enum Shared {
 /// Whether so few tokens visit each expert that reading weights per token beats aligned tiles,
 /// most of whose rows would be padding: measured on an H200 and on lavapipe.
 fn few(caps: &Caps, n_tokens: usize, routing: &Routing) -> bool {
-    let most = if caps.software { 16 } else { 2 };
-    n_tokens * routing.top_k <= (most * routing.n_experts).max(8)
+    // Quarters of a slot that an expert gets on average.
+    let most = if caps.software { 64 } else { 5 };
+    4 * n_tokens * routing.top_k <= (most * routing.n_experts).max(32)
 }
 
 /// Rows of an expert's block in a step of `n_tokens`; 1 where experts run without blocks.

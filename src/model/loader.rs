@@ -7,7 +7,7 @@ use crate::{
     Result,
     device::{Allocate, Caps, DType, Device, DeviceError, Tally, Tensor},
     kernels::Matrix,
-    weights::{Encoded, PAD, Source, SourceTensor, WeightFormat, WeightsError, padded},
+    weights::{Encoded, PAD, Source, SourceTensor, WeightFormat, WeightsError, interleave, padded},
 };
 
 use super::linear::Linear;
@@ -439,7 +439,9 @@ pub(super) fn pack(
     mut sink: impl FnMut(usize, Encoded),
 ) -> Result<()> {
     let width = cols.stacked();
-    let piece = (PIECE_BYTES / format.bytes_per_row(width)).max(1);
+    let row_bytes = format.bytes_per_row(width);
+    // Whole groups of rows that lie interleaved.
+    let piece = (PIECE_BYTES / row_bytes / PAD * PAD).max(PAD);
     let mut start = 0;
     for part in stack {
         let inside = start.max(range.start)..(start + part.stacked).min(range.end);
@@ -448,7 +450,9 @@ pub(super) fn pack(
             for first in inside.clone().step_by(piece) {
                 let n = piece.min(inside.end - first);
                 let row = |i| part.source(first + i - start).map(|row| row_0 + row);
-                sink(first - range.start, pack_rows(format, &tensor, cols, n, row)?);
+                let mut packed = pack_rows(format, &tensor, cols, n, row)?;
+                interleave(&mut packed.weights, row_bytes);
+                sink(first - range.start, packed);
             }
         }
         start += part.stacked;

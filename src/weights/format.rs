@@ -149,6 +149,33 @@ impl WeightFormat {
     }
 }
 
+/// Rows of weights that lie interleaved on a device.
+const QUAD: usize = 4;
+/// Bytes that lie together.
+const CHUNK: usize = 16;
+
+/// Orders packed rows `[n, row_bytes]`, a multiple of four, as kernels read them: chunk by chunk of
+/// 16 bytes, those of four neighbouring rows side by side, `[n / 4, row_bytes / 16, 4, 16]`. So
+/// threads that take a step of neighbouring rows read whole lines of memory.
+pub fn interleave(rows: &mut [u8], row_bytes: usize) {
+    let mut quad = vec![0; QUAD * row_bytes];
+    for rows in rows.chunks_exact_mut(QUAD * row_bytes) {
+        quad.copy_from_slice(rows);
+        let chunks = rows.as_chunks_mut::<CHUNK>().0.chunks_exact_mut(QUAD);
+        for (c, chunks) in chunks.enumerate() {
+            for (row, chunk) in quad.chunks_exact(row_bytes).zip(chunks) {
+                chunk.copy_from_slice(&row[c * CHUNK..][..CHUNK]);
+            }
+        }
+    }
+}
+
+/// A row of those that [`interleave`] has ordered. `[row_bytes]`
+pub fn interleaved_row(rows: &[u8], row_bytes: usize, row: usize) -> Vec<u8> {
+    let quad = &rows[row / QUAD * QUAD * row_bytes..][..QUAD * row_bytes];
+    quad.as_chunks::<CHUNK>().0.iter().skip(row % QUAD).step_by(QUAD).flatten().copied().collect()
+}
+
 /// Elements that one thread packs at a time.
 const LEAF_ELEMENTS: usize = 1 << 16;
 
