@@ -7,7 +7,7 @@ use crate::{
     device::{Caps, Device, Recording, Tensor},
     kernels::{
         AlignShape, Aligned, CombineExperts, ExpertGemm, ExpertGemv, ExpertMode, GroupedTopk,
-        MapExperts, Norm, RmsNorm, Route, Routing, Scoring, SiluMul, Store, align_experts,
+        MapExperts, Matrix, Norm, RmsNorm, Route, Routing, Scoring, SiluMul, Store, align_experts,
     },
     parallel::{ExpertLayout, Owners},
     weights::{WeightFormat, padded},
@@ -15,7 +15,7 @@ use crate::{
 
 use super::{
     ModelSpec, MoeSpec, Precision, SharedSpec,
-    banks::{BankShape, Banks, ExpertNames, names},
+    banks::{BankShape, Banks, ExpertNames, names, singles},
     linear::Linear,
     loader::{Cols, Heads, Loader, Rows},
     mlp::Mlp,
@@ -57,6 +57,8 @@ pub(super) struct RoutedExperts {
     map: Option<Tensor>,
     /// Whether other devices hold the rest, so that their sums come in.
     is_shared_out: bool,
+    /// Whether one launch multiplies the blocks of many experts, rather than of each in turn.
+    block_align: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -258,7 +260,13 @@ impl RoutedExperts {
             held,
             map,
             is_shared_out: matches!(layout, ExpertLayout::Share(..)),
+            block_align: true,
         })
+    }
+
+    /// See [`super::Model::with_block_align`].
+    pub(super) fn set_block_align(&mut self, on: bool) {
+        self.block_align = on;
     }
 
     /// The experts' weights.
@@ -355,7 +363,10 @@ impl RoutedExperts {
         }
     }
 
-    /// Tokens sorted by expert once, then tiles of each expert's tokens.
+    /// Tokens sorted by expert once, then tiles of each expert's tokens: of all experts in one
+    /// launch, or without block alignment in as many launches as there are experts. Those find
+    /// their rows in the same blocks, as nobody else has gathered them; what is launched for the
+    /// blocks of other experts returns at once.
     fn record_many(
         &self,
         rec: &mut Recording,
@@ -390,14 +401,19 @@ impl RoutedExperts {
             block_size,
             n_slots,
         };
-        for &(first, bank) in &self.banks.gate_up {
+        let launches = |banks: &[(usize, Matrix)]| match self.block_align {
+            true => banks.to_vec(),
+            false => singles(banks, rec.caps()),
+        };
+        let (gate_up, down) = (launches(&self.banks.gate_up), launches(&self.banks.down));
+        for (first, bank) in gate_up {
             let out = if gated { inner } else { both };
             rec.push(gemm("gate_up", first, bank, x, self.routing.top_k, None, out, gated));
         }
         if !gated {
             rec.push(SiluMul { x: both, out: inner });
         }
-        for &(first, bank) in &self.banks.down {
+        for (first, bank) in down {
             rec.push(gemm("down", first, bank, inner, 1, Some(weights), out, false));
         }
         rec.push(CombineExperts { x: out, ids, out: residual });
