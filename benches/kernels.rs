@@ -188,6 +188,7 @@ fn expert_gemm(c: &mut Criterion) {
                 out: if gated { inner } else { both },
                 gated,
                 block_size,
+                most_blocks: None,
                 n_slots,
             };
             let second = ExpertGemm {

@@ -364,9 +364,8 @@ impl RoutedExperts {
     }
 
     /// Tokens sorted by expert once, then tiles of each expert's tokens: of all experts in one
-    /// launch, or without block alignment in as many launches as there are experts. Those find
-    /// their rows in the same blocks, as nobody else has gathered them; what is launched for the
-    /// blocks of other experts returns at once.
+    /// launch, or without block alignment in a launch for each, of as many blocks as it would have
+    /// if every token chose it.
     fn record_many(
         &self,
         rec: &mut Recording,
@@ -386,7 +385,8 @@ impl RoutedExperts {
             aligned.reshape(AlignShape { n_entries: n_slots, n_experts: n_held, block_size });
         align_experts(rec, ids, n_held, block_size, &aligned);
         let gated = ExpertGemm::gates(rec.caps(), x.dtype);
-        let gemm = |label, first_expert, bank, x, divide, weights, out, gated| ExpertGemm {
+        let blocks_each = ids.rows().div_ceil(block_size);
+        let gemm = |label, first_expert, bank: Matrix, x, divide, weights, out, gated| ExpertGemm {
             label,
             bank,
             first_expert,
@@ -399,6 +399,7 @@ impl RoutedExperts {
             out,
             gated,
             block_size,
+            most_blocks: (!self.block_align).then(|| bank.n_experts * blocks_each),
             n_slots,
         };
         let launches = |banks: &[(usize, Matrix)]| match self.block_align {
