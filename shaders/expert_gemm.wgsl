@@ -34,6 +34,9 @@ override ROUTED: bool = false;  // multiply by the routed weights
 // Rows of an expert are gates, then ups; store silu(gate) * up. Not every tile can.
 override GATED: bool = false;
 
+// The launch is for blocks of the bank's experts only, wherever they begin.
+override FIND: bool = false;
+
 var<private> first_position: u32;
 var<private> first_row: u32;
 var<private> n_out: u32;  // features of the output
@@ -59,17 +62,36 @@ fn store(i: u32, tile_row: u32, sum: vec4<f32>) {
     out[slot * p.out_stride4 + row / 4u] = out_store(y);
 }
 
+// Blocks before those of the bank: expert_ids ascend.
+fn first_block() -> u32 {
+    var low = 0u;
+    var high = num_tokens_post_pad[0] / p.block_size;
+    while (low < high) {
+        let middle = (low + high) / 2u;
+        if (expert_ids[middle] < p.first_expert) {
+            low = middle + 1u;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) grid: vec3<u32>,
         @builtin(local_invocation_index) lid: u32) {
     let place = banded(group, grid);
+    var block = place.y;
+    if (FIND) {
+        block += first_block();
+    }
     // Compared as a local: browsers hold no private variable for uniform, as barriers need it.
-    let position = place.y * p.block_size;
+    let position = block * p.block_size;
     if (position >= num_tokens_post_pad[0]) {
         return;
     }
     first_position = position;
-    let expert = expert_ids[place.y] - p.first_expert;
+    let expert = expert_ids[block] - p.first_expert;
     if (expert < 0 || expert >= p.n_experts) {
         return;
     }

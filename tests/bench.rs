@@ -167,6 +167,33 @@ fn throughput_counts_every_token() {
 }
 
 #[test]
+fn throughput_tells_what_the_cache_of_experts_did() {
+    let args = ["bench", "throughput", "--num-prompts", "2", "--input-len", "4", "--device", "cpu"];
+    let more = ["--output-len", "6", "--max-num-seqs", "1", "--max-concurrency", "1,1"];
+    let open = |rest: &[&str]| run(&[&args[..], &more, rest].concat()).stdout();
+    let plain = open(&["-o", "json"]);
+    assert!(!plain.contains("expert_cache"), "{plain}");
+    let lines = open(&["--expert-cache-memory", "4M", "-o", "json"]);
+    let reports: Vec<Value> = lines.lines().map(json).collect();
+    assert_eq!(reports.len(), 2);
+    for report in &reports {
+        check_positive(
+            report,
+            &["hit_rate", "mib_moved", "stalls", "stalled_time"]
+                .map(|name| format!("expert_cache_{name}"))
+                .each_ref()
+                .map(|f| &**f),
+        );
+        let field = |name: &str| report[format!("expert_cache_{name}")].as_f64().expect("a number");
+        assert!(field("hit_rate") < 1.0 && field("slots") < field("experts"), "{report}");
+        // Two answers of six steps, or one more, through seven layers with experts.
+        assert!(field("stalls") <= 2.0 * 7.0 * 7.0, "{report}: counts of this row alone");
+    }
+    let table = open(&["--expert-cache-memory", "4M"]);
+    assert!(table.contains("expert cache, hit rate"), "{table}");
+}
+
+#[test]
 fn latency_is_that_of_whole_batches() {
     let args = ["bench", "latency", "--batch-size", "2", "--input-len", "4", "--output-len", "3"];
     let more = ["--num-iters-warmup", "1", "--num-iters", "4", "-o", "json"];

@@ -20,18 +20,25 @@ fn load(spec: ModelSpec, source: &dyn Source) -> (Device, Model, KvCache) {
     (device, model, kv)
 }
 
-/// Launches of a step that decodes `n` sequences on a device with `caps`, without sampling.
-fn launches(name: &str, caps: &Caps, n: usize) -> (usize, usize) {
+/// A step that decodes `n` sequences on a device with `caps`, without sampling.
+fn record(name: &str, caps: &Caps, n: usize, block_align: bool) -> (Recording, ModelSpec) {
     let spec = arch::parse(&read_json(&golden(name).join("config.json"))).expect("a config");
     let source = Checkpoint::open(&golden(name)).expect("a checkpoint");
     let (mut device, model, kv) = load(spec, &source);
+    let model = model.with_block_align(block_align);
     let scratch = Scratch::alloc(&mut device, &model.spec, &LIMITS, model.precision.activations)
         .expect("fits");
     let (n_prefill, n_tiles, sample, logprobs) = (0, 0, false, false);
     let shape = StepShape { n_decode: n, n_prefill, n_tiles, n_logits: n, sample, logprobs };
     let mut rec = Recording::new(caps);
     model.record(&mut rec, &shape, &scratch, &kv);
-    (rec.dispatches.len(), model.spec.layers.len())
+    (rec, model.spec)
+}
+
+/// Launches of such a step, and layers.
+fn launches(name: &str, caps: &Caps, n: usize) -> (usize, usize) {
+    let (rec, spec) = record(name, caps, n, true);
+    (rec.dispatches.len(), spec.layers.len())
 }
 
 fn fast() -> Caps {
@@ -50,6 +57,19 @@ fn a_layer_of_experts_takes_at_most_eight_launches_for_one_sequence() {
     assert_eq!(all, REST + 9 * layers, "one more for top-k, one for its norm");
     let (many, layers) = launches("qwen3_moe", &fast(), 64);
     assert!(many > REST + 9 * layers, "{many}");
+}
+
+#[test]
+fn experts_without_block_alignment_have_launches_of_their_own() {
+    let products = |n, block_align| {
+        let (rec, spec) = record("qwen3_moe", &fast(), n, block_align);
+        let experts = rec.dispatches.iter().filter(|d| d.shader.stem.starts_with("expert_"));
+        (experts.count(), spec.layers.len(), spec.n_experts())
+    };
+    let (blocks, layers, n_experts) = products(64, true);
+    assert_eq!(blocks, 2 * layers);
+    assert_eq!(products(64, false).0, 2 * layers * n_experts);
+    assert_eq!(products(1, false).0, 2 * layers, "few tokens have no blocks");
 }
 
 #[test]

@@ -90,6 +90,29 @@ fn neither_batch_nor_chunks_nor_blocks_nor_device_nor_tier_changes_greedy_tokens
     check("on the CPU device", llm(|o| o.device = DeviceChoice::Cpu));
 }
 
+/// More tokens than run without blocks anywhere; each expert's sums are the same, only launched by
+/// themselves.
+#[test]
+fn experts_one_after_another_give_what_all_at_once_do() {
+    let tokens: Vec<u32> = (0..150).map(|i| (i * 37 + 11) % 3000 + 100).collect();
+    for (device, weights) in [(GPU, F32), (GPU, W8), (DeviceChoice::Cpu, F32)] {
+        let open = |moe_block_align| {
+            llm(|o| {
+                *o = LlmOptions { device: device.clone(), weights, moe_block_align, ..o.clone() }
+            })
+        };
+        let (mut together, mut looped) = (open(true), open(false));
+        let (a, b) = (logits(&mut together, &tokens, 150), logits(&mut looped, &tokens, 150));
+        assert_eq!(a, b, "{device:?}, {weights}");
+        let dispatches = |llm: &mut Llm| {
+            let rec = llm.engine.runner().last_recording().expect("a step has run");
+            rec.dispatches.len()
+        };
+        let (few, many) = (dispatches(&mut together), dispatches(&mut looped));
+        assert!(many > few + 400, "{few} and {many} launches: 7 layers have 32 experts each");
+    }
+}
+
 #[test]
 fn batches_of_int8_experts_repeat_exactly() {
     let mut llm = llm(|o| o.weights = W8);

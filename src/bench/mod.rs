@@ -58,7 +58,8 @@ pub fn dummy_runner(
     let kv = KvCache::alloc(&mut device, &spec, n_blocks, block_size, precision.activations)?;
     let source = DummySource::new(options.engine.seed);
     let n_positions = limits.max_blocks * block_size;
-    let model = Model::load(spec, &source, &mut device, precision, n_positions, &|_| {})?;
+    let model = Model::load(spec, &source, &mut device, precision, n_positions, &|_| {})?
+        .with_block_align(options.moe_block_align);
     Runner::new(device, model, kv, limits)
 }
 

@@ -89,6 +89,10 @@ pub(crate) struct ModelArgs {
     /// experts]
     #[arg(long)]
     group_size: Option<usize>,
+    /// In steps of many tokens, launch the products of each expert by themselves instead of all
+    /// experts' together, block by block: slower, to see what the blocks are worth
+    #[arg(long)]
+    no_moe_block_align: bool,
     /// Where weights come from
     #[arg(long, value_enum, default_value = "safetensors")]
     load_format: Load,
@@ -162,6 +166,7 @@ impl ModelArgs {
             }),
             weights,
             dense_weights,
+            moe_block_align: !self.no_moe_block_align,
             load_format: match self.load_format {
                 Load::Safetensors => LoadFormat::Safetensors,
                 Load::Dummy => LoadFormat::Dummy,

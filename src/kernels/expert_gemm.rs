@@ -44,6 +44,9 @@ pub struct ExpertGemm {
     pub gated: bool,
     /// Slots per block, see [`ExpertGemm::block_size`].
     pub block_size: usize,
+    /// Most blocks that experts of this bank can have together, to launch that many, which look for
+    /// the first; without it as many are launched as there are blocks of all experts.
+    pub most_blocks: Option<usize>,
     /// Tokens times top_k.
     pub n_slots: usize,
 }
@@ -112,7 +115,10 @@ impl Kernel for ExpertGemm {
             .slot("act", float_slot(self.x.dtype, caps))
             .slot("out", float_slot(self.out.dtype, caps))
             .set("ROUTED", self.weights.is_some())
-            .set("GATED", self.gated);
+            .set("GATED", self.gated)
+            .set("FIND", self.most_blocks.is_some());
+        let all = self.expert_ids.len();
+        let n_blocks = self.most_blocks.map_or(all, |most| most.min(all));
         Launch {
             shader,
             params: ExpertGemmParams {
@@ -137,7 +143,7 @@ impl Kernel for ExpertGemm {
                 Binding::read(self.weights.unwrap_or(self.bank.weights)),
                 Binding::write(self.out),
             ],
-            grid: [columns(self.bank.rows, self.gated), self.expert_ids.len() as u32, 1],
+            grid: [columns(self.bank.rows, self.gated), n_blocks as u32, 1],
         }
     }
 
@@ -228,6 +234,8 @@ mod tests {
         block_size: usize,
         /// Experts of each bank.
         banks: &'static [usize],
+        /// Whether a bank's launch looks for its blocks.
+        find: bool,
     }
 
     const PLAIN: Case = Case {
@@ -240,6 +248,7 @@ mod tests {
         gated: false,
         block_size: 32,
         banks: &[4],
+        find: false,
     };
 
     fn push(bench: &mut Bench, rec: &mut Recording, format: WeightFormat, case: &Case) {
@@ -278,6 +287,7 @@ mod tests {
                 out,
                 gated: case.gated,
                 block_size: case.block_size,
+                most_blocks: case.find.then(|| n_experts * n_slots.div_ceil(case.block_size)),
                 n_slots,
             });
             first_expert += n_experts;
@@ -339,5 +349,16 @@ mod tests {
     fn two_banks_share_the_slots() {
         let case = Case { banks: &[3, 2], ..PLAIN };
         check(1e-7, |bench, rec| push(bench, rec, FORMATS[1], &case));
+    }
+
+    #[test]
+    fn launches_find_the_blocks_of_their_bank() {
+        // One that has no slots among them, and more blocks than one of an expert.
+        for (n_tokens, banks) in [(33, &[1, 1, 1, 1][..]), (90, &[2, 1, 2][..])] {
+            let case = Case { n_tokens, banks, find: true, block_size: 16, ..PLAIN };
+            check(1e-7, |bench, rec| push(bench, rec, FORMATS[2], &case));
+        }
+        let case = Case { x: F16, banks: &[1, 3], find: true, ..PLAIN };
+        check_matrix(1e-6, |bench, rec| push(bench, rec, FORMATS[2], &case));
     }
 }

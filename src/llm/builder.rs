@@ -45,6 +45,8 @@ setters! {
     expert_cache: CacheOptions => Some(expert_cache),
     /// Packing of the experts' weights.
     weights: WeightFormat => weights,
+    /// Multiply the tokens of all experts in one launch; if not, in one for each expert.
+    moe_block_align: bool => moe_block_align,
     /// Where weights come from.
     load_format: LoadFormat => load_format,
     /// Longest context, tokens.

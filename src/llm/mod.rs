@@ -86,6 +86,8 @@ pub struct LlmOptions {
     /// Packing of all other matrices but the routers, which stay in f32; what goes with `weights`
     /// if absent.
     pub dense_weights: Option<WeightFormat>,
+    /// Multiply the tokens of all experts in one launch, see [`Model::with_block_align`].
+    pub moe_block_align: bool,
     /// Where weights come from.
     pub load_format: LoadFormat,
     /// Whether to load tokenizer and chat template; token ids work without.
@@ -126,6 +128,7 @@ impl Default for LlmOptions {
             tier: None,
             weights: WeightFormat::W8 { group: None },
             dense_weights: None,
+            moe_block_align: true,
             load_format: LoadFormat::Safetensors,
             text: true,
             max_model_len: None,
@@ -299,7 +302,8 @@ impl PlannedLlm {
             self.max_model_len,
             &layout,
             progress,
-        )?;
+        )?
+        .with_block_align(self.options.moe_block_align);
         let exchange = match self.spread.cache {
             Some(options) => {
                 let device = &mut self.device;

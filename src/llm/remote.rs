@@ -52,7 +52,8 @@ pub(super) fn load(
 }
 
 /// Holds the experts that rank 0 of the MPI job gives this rank, and computes them, until the job
-/// ends. Of the options, those that name model, device and source of weights count.
+/// ends. Of the options, those that name model, device and source of weights count, and whether
+/// experts are computed in blocks.
 ///
 /// # Errors
 /// [`crate::Error`] for files and devices, and outside of an MPI job.
@@ -82,6 +83,7 @@ pub fn serve_experts(options: &LlmOptions) -> Result<()> {
         };
         let precision = Precision::of(weights.parse::<WeightFormat>()?);
         let share = Share { owners, rank, redundant };
-        ExpertShard::load(device, &spec, &*source, precision, &limits, share)
+        let shard = ExpertShard::load(device, &spec, &*source, precision, &limits, share)?;
+        Ok(shard.with_block_align(options.moe_block_align))
     })
 }

@@ -231,7 +231,7 @@ impl Spread {
             let share = self.share(rank);
             let shard = ExpertShard::load(device, spec, source, precision, limits, share)
                 .map_err(|e| ParallelError::Worker { rank, cause: e.to_string() })?;
-            Ok(Box::new(shard))
+            Ok(Box::new(shard.with_block_align(options.moe_block_align)))
         };
         let workers = devices.map(load).collect::<Result<_>>()?;
         Ok(Some(Box::new(Sharded::new(workers, self.owners.clone()))))

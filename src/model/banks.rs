@@ -1,10 +1,13 @@
 //! Banks of experts: what a checkpoint calls their matrices, and how they are loaded side by side.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use crate::{
     Result,
-    device::{Device, Tensor},
+    device::{Caps, Device, Tensor},
     kernels::Matrix,
     weights::{Source, WeightFormat},
 };
@@ -54,10 +57,32 @@ fn parts(banks: &[(usize, Matrix)], place: usize) -> Vec<Tensor> {
     let inside =
         |&&(first, bank): &&(usize, Matrix)| (first..first + bank.n_experts).contains(&place);
     let &(first, bank) = banks.iter().find(inside).expect("a place in one of the banks");
-    let rows = (place - first) * bank.rows..(place - first + 1) * bank.rows;
-    let scaled = bank.scales != bank.weights;
-    let scales = scaled.then(|| bank.scales.slice(rows.clone()));
-    std::iter::once(bank.weights.slice(rows)).chain(scales).collect()
+    let expert = part(&bank, place - first..place - first + 1);
+    let scales = (bank.scales != bank.weights).then_some(expert.scales);
+    std::iter::once(expert.weights).chain(scales).collect()
+}
+
+/// Some experts of a bank as a bank of their own.
+fn part(bank: &Matrix, experts: Range<usize>) -> Matrix {
+    let rows = experts.start * bank.rows..experts.end * bank.rows;
+    let weights = bank.weights.slice(rows.clone());
+    let scales = if bank.scales == bank.weights { weights } else { bank.scales.slice(rows) };
+    Matrix { weights, scales, n_experts: experts.len(), ..*bank }
+}
+
+/// Each expert of these banks as a bank of its own. One that does not start at the device's
+/// alignment comes with those before it, which are then computed again.
+pub(super) fn singles(banks: &[(usize, Matrix)], caps: &Caps) -> Vec<(usize, Matrix)> {
+    let aligned = |tensor: Tensor| tensor.offset.is_multiple_of(caps.offset_alignment.into());
+    let single = |first: usize, bank: &Matrix, i: usize| {
+        let parts = (0..=i).rev().map(|start| (first + start, part(bank, start..i + 1)));
+        let mut bound = parts.filter(|(_, p)| aligned(p.weights) && aligned(p.scales));
+        bound.next().expect("buffers start aligned")
+    };
+    let of_bank = |&(first, bank): &(usize, Matrix)| {
+        (0..bank.n_experts).map(move |i| single(first, &bank, i))
+    };
+    banks.iter().flat_map(of_bank).collect()
 }
 
 /// How a checkpoint spells the weights of experts; each variant has a prefix.

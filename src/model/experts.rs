@@ -7,7 +7,7 @@ use crate::{
     device::{Caps, Device, Recording, Tensor},
     kernels::{
         AlignShape, Aligned, CombineExperts, ExpertGemm, ExpertGemv, ExpertMode, GroupedTopk,
-        MapExperts, Norm, RmsNorm, Route, Routing, Scoring, SiluMul, Store, align_experts,
+        MapExperts, Matrix, Norm, RmsNorm, Route, Routing, Scoring, SiluMul, Store, align_experts,
     },
     parallel::{ExpertLayout, Owners},
     weights::{WeightFormat, padded},
@@ -15,7 +15,7 @@ use crate::{
 
 use super::{
     ModelSpec, MoeSpec, Precision, SharedSpec,
-    banks::{BankShape, Banks, ExpertNames, names},
+    banks::{BankShape, Banks, ExpertNames, names, singles},
     linear::Linear,
     loader::{Cols, Heads, Loader, Rows},
     mlp::Mlp,
@@ -57,6 +57,8 @@ pub(super) struct RoutedExperts {
     map: Option<Tensor>,
     /// Whether other devices hold the rest, so that their sums come in.
     is_shared_out: bool,
+    /// Whether one launch multiplies the blocks of many experts, rather than of each in turn.
+    block_align: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -259,7 +261,13 @@ impl RoutedExperts {
             held,
             map,
             is_shared_out: matches!(layout, ExpertLayout::Share(..)),
+            block_align: true,
         })
+    }
+
+    /// See [`super::Model::with_block_align`].
+    pub(super) fn set_block_align(&mut self, on: bool) {
+        self.block_align = on;
     }
 
     /// The experts' weights.
@@ -356,7 +364,9 @@ impl RoutedExperts {
         }
     }
 
-    /// Tokens sorted by expert once, then tiles of each expert's tokens.
+    /// Tokens sorted by expert once, then tiles of each expert's tokens: of all experts in one
+    /// launch, or without block alignment in a launch for each, of as many blocks as it would have
+    /// if every token chose it.
     fn record_many(
         &self,
         rec: &mut Recording,
@@ -376,7 +386,8 @@ impl RoutedExperts {
             aligned.reshape(AlignShape { n_entries: n_slots, n_experts: n_held, block_size });
         align_experts(rec, ids, n_held, block_size, &aligned);
         let gated = ExpertGemm::gates(rec.caps(), x.dtype);
-        let gemm = |label, first_expert, bank, x, divide, weights, out, gated| ExpertGemm {
+        let blocks_each = ids.rows().div_ceil(block_size);
+        let gemm = |label, first_expert, bank: Matrix, x, divide, weights, out, gated| ExpertGemm {
             label,
             bank,
             first_expert,
@@ -389,16 +400,22 @@ impl RoutedExperts {
             out,
             gated,
             block_size,
+            most_blocks: (!self.block_align).then(|| bank.n_experts * blocks_each),
             n_slots,
         };
-        for &(first, bank) in &self.banks.gate_up {
+        let launches = |banks: &[(usize, Matrix)]| match self.block_align {
+            true => banks.to_vec(),
+            false => singles(banks, rec.caps()),
+        };
+        let (gate_up, down) = (launches(&self.banks.gate_up), launches(&self.banks.down));
+        for (first, bank) in gate_up {
             let out = if gated { inner } else { both };
             rec.push(gemm("gate_up", first, bank, x, self.routing.top_k, None, out, gated));
         }
         if !gated {
             rec.push(SiluMul { x: both, out: inner });
         }
-        for &(first, bank) in &self.banks.down {
+        for (first, bank) in down {
             rec.push(gemm("down", first, bank, inner, 1, Some(weights), out, false));
         }
         rec.push(CombineExperts { x: out, ids, out: residual });

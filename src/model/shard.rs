@@ -60,6 +60,13 @@ impl ExpertShard {
         let (spec, plans) = (spec.clone(), HashMap::new());
         Ok(Self { device, spec, layers, buffers, plans, pending: None })
     }
+
+    /// As [`super::Model::with_block_align`].
+    #[must_use]
+    pub fn with_block_align(mut self, on: bool) -> Self {
+        self.layers.iter_mut().for_each(|layer| layer.set_block_align(on));
+        self
+    }
 }
 
 impl Worker for ExpertShard {

@@ -86,6 +86,18 @@ impl Model {
         Self::build(spec, precision, rope, &mut loader, layout)
     }
 
+    /// Whether a step of many tokens multiplies those of all experts in one launch, block by block,
+    /// as it does unless told otherwise, or loops over the experts, to compare with.
+    #[must_use]
+    pub fn with_block_align(mut self, on: bool) -> Self {
+        for layer in &mut self.layers {
+            if let Ffn::Moe(experts) = &mut layer.ffn {
+                experts.routed_mut().set_block_align(on);
+            }
+        }
+        self
+    }
+
     /// Adds up what [`Model::load_part`] would allocate.
     ///
     /// # Errors

@@ -69,6 +69,20 @@ impl CacheStats {
         let all = self.hits + self.misses;
         if all == 0 { 1.0 } else { self.hits as f64 / all as f64 }
     }
+
+    /// What the same caches have done since they said `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            hits: self.hits - before.hits,
+            misses: self.misses - before.misses,
+            bytes_moved: self.bytes_moved - before.bytes_moved,
+            stalls: self.stalls - before.stalls,
+            stalled: self.stalled - before.stalled,
+            extra_turns: self.extra_turns - before.extra_turns,
+            ..*self
+        }
+    }
 }
 
 /// Uses older than so many turns count half.

@@ -5,7 +5,10 @@ use std::{process::ExitCode, time::Instant};
 
 use clap::Args;
 use indicatif::ProgressBar;
-use moewe::engine::{Engine, Request, SamplingParams};
+use moewe::{
+    engine::{Engine, Request, SamplingParams},
+    parallel::CacheStats,
+};
 use serde_json::{Value, json};
 
 use super::{
@@ -115,6 +118,12 @@ impl Throughput {
         ("requests per second", "requests_per_second"),
         ("all tokens per second", "tokens_per_second"),
         ("answer tokens per second", "output_throughput"),
+        ("expert cache, slots", "expert_cache_slots"),
+        ("expert cache, hit rate", "expert_cache_hit_rate"),
+        ("expert cache, MiB moved", "expert_cache_mib_moved"),
+        ("expert cache, stalls", "expert_cache_stalls"),
+        ("expert cache, in stalls (s)", "expert_cache_stalled_time"),
+        ("expert cache, extra turns", "expert_cache_extra_turns"),
     ];
 
     pub(super) fn run(mut self) -> anyhow::Result<ExitCode> {
@@ -128,9 +137,13 @@ impl Throughput {
             // Shaders for batches of this size are compiled before the clock starts.
             load.run(open.min(self.num_prompts), open, &ProgressBar::hidden())?;
             let bar = progress(self.num_prompts, "requests")?;
+            let before = load.engine.stats().expert_cache;
             let seconds = load.run(self.num_prompts, open, &bar)?;
             bar.finish_and_clear();
-            let report = report(&load, open, self.num_prompts, seconds);
+            let mut report = report(&load, open, self.num_prompts, seconds);
+            if let (Some(before), Some(now)) = (before, load.engine.stats().expert_cache) {
+                add_cache(&mut report, &now.since(&before));
+            }
             summary::print(self.subject.output, &report, Self::ROWS)?;
         }
         Ok(ExitCode::SUCCESS)
@@ -151,6 +164,22 @@ fn report(load: &Load, open: usize, n: usize, seconds: f64) -> Value {
         "tokens_per_second": (inputs + outputs) as f64 / seconds,
         "output_throughput": outputs as f64 / seconds,
     })
+}
+
+/// Adds what the cache of experts did meanwhile.
+fn add_cache(report: &mut Value, cache: &CacheStats) {
+    let fields = [
+        ("slots", json!(cache.slots)),
+        ("experts", json!(cache.experts)),
+        ("hit_rate", json!(cache.hit_rate())),
+        ("mib_moved", json!(cache.bytes_moved as f64 / f64::from(1 << 20))),
+        ("stalls", json!(cache.stalls)),
+        ("stalled_time", json!(cache.stalled.as_secs_f64())),
+        ("extra_turns", json!(cache.extra_turns)),
+    ];
+    for (name, value) in fields {
+        report[format!("expert_cache_{name}")] = value;
+    }
 }
 
 impl Latency {
