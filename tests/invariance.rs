@@ -92,7 +92,7 @@ fn neither_batch_nor_chunks_nor_blocks_nor_device_nor_tier_changes_greedy_tokens
 
 #[test]
 fn batches_of_int8_experts_repeat_exactly() {
-    let mut llm = llm(|o| o.weights = W8);
+    let mut llm = llm(|o| o.weights = Some(W8));
     let first = greedy_all(&mut llm.engine, 12);
     assert_eq!(first, greedy_all(&mut llm.engine, 12));
     // Other kernels serve one sequence than many; text may part at near ties, mostly it does not.

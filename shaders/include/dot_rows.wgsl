@@ -31,21 +31,37 @@ var<private> squares: array<f32, 8>;
 var<workgroup> part_dots: array<vec4<f32>, 256>;
 var<workgroup> part_squares: array<f32, 128>;
 
-// Written out, since an indexed vector is slow where a driver does not unroll the loop.
-fn chunk_dot(chunk: vec4<u32>, x: mat4x4<f32>) -> f32 {
-    var sum = dot(weight4(chunk, 0u), x[0]);
+// The same chunk of four neighbouring rows.
+struct Quad { w0: vec4<u32>, w1: vec4<u32>, w2: vec4<u32>, w3: vec4<u32> }
+
+fn load_quad(row: u32, c: u32) -> Quad {
+    let at = row * p.n_chunks + c;
+    return Quad(weights[at], weights[at + p.n_chunks], weights[at + 2u * p.n_chunks],
+                weights[at + 3u * p.n_chunks]);
+}
+
+// Product of up to 16 weights of a chunk, from the vec4 `begin` on. Written out, since an indexed
+// vector is slow where a driver does not unroll the loop.
+fn chunk_dot(chunk: vec4<u32>, begin: u32, x: mat4x4<f32>) -> f32 {
+    var sum = dot(weight4(chunk, begin), x[0]);
     if (CHUNK > 4u) {
-        sum += dot(weight4(chunk, 1u), x[1]);
+        sum += dot(weight4(chunk, begin + 1u), x[1]);
     }
     if (CHUNK > 8u) {
-        sum += dot(weight4(chunk, 2u), x[2]);
-        sum += dot(weight4(chunk, 3u), x[3]);
+        sum += dot(weight4(chunk, begin + 2u), x[2]);
+        sum += dot(weight4(chunk, begin + 3u), x[3]);
     }
     return sum;
 }
 
-fn activations(t: u32, x_row: u32, chunk: u32) -> mat4x4<f32> {
-    let col = chunk * (CHUNK / 4u);
+// Products of four rows with the same activations.
+fn quad_dot(q: Quad, begin: u32, x: mat4x4<f32>) -> vec4<f32> {
+    return vec4(chunk_dot(q.w0, begin, x), chunk_dot(q.w1, begin, x),
+                chunk_dot(q.w2, begin, x), chunk_dot(q.w3, begin, x));
+}
+
+// Up to 16 activations from the vec4 `col` on.
+fn activations(t: u32, x_row: u32, col: u32) -> mat4x4<f32> {
     var x: mat4x4<f32>;
     x[0] = activation(t, x_row, col);
     if (CHUNK > 4u) {
@@ -58,30 +74,36 @@ fn activations(t: u32, x_row: u32, chunk: u32) -> mat4x4<f32> {
     return x;
 }
 
-// Products of a chunk of four rows with the same activations.
-fn quad_dot(w0: vec4<u32>, w1: vec4<u32>, w2: vec4<u32>, w3: vec4<u32>,
-            x: mat4x4<f32>) -> vec4<f32> {
-    return vec4(chunk_dot(w0, x), chunk_dot(w1, x), chunk_dot(w2, x), chunk_dot(w3, x));
+// Adds the products of a chunk with the activations of token t.
+fn add_token(t: u32, x_row: u32, c: u32, w: Quad, up: Quad, scale: vec4<f32>,
+             up_scale: vec4<f32>) {
+    let col = c * (CHUNK / 4u);
+    let x = activations(t, x_row, col);
+    var sum = quad_dot(w, 0u, x);
+    var up_sum = vec4(0.0);
+    if (SETS == 2u) {
+        up_sum = quad_dot(up, 0u, x);
+    }
+    if (CHUNK > 16u) {
+        let x = activations(t, x_row, col + 4u);
+        sum += quad_dot(w, 4u, x);
+        if (SETS == 2u) {
+            up_sum += quad_dot(up, 4u, x);
+        }
+    }
+    dots[t * SETS] += scale * sum;
+    if (SETS == 2u) {
+        dots[t * SETS + 1u] += up_scale * up_sum;
+    }
 }
 
 // Adds the products of one chunk. One token is written out, since an array that is indexed at run
 // time is slow where a driver does not unroll the loop.
 fn add_chunk(row: u32, up_row: u32, x_row: u32, n_live: u32, c: u32) {
-    let at = row * p.n_chunks + c;
-    let w0 = weights[at];
-    let w1 = weights[at + p.n_chunks];
-    let w2 = weights[at + 2u * p.n_chunks];
-    let w3 = weights[at + 3u * p.n_chunks];
-    var u0 = w0;
-    var u1 = w1;
-    var u2 = w2;
-    var u3 = w3;
+    let w = load_quad(row, c);
+    var up = w;
     if (SETS == 2u) {
-        let at = up_row * p.n_chunks + c;
-        u0 = weights[at];
-        u1 = weights[at + p.n_chunks];
-        u2 = weights[at + 2u * p.n_chunks];
-        u3 = weights[at + 3u * p.n_chunks];
+        up = load_quad(up_row, c);
     }
     var scale = vec4(1.0);
     var up_scale = vec4(1.0);
@@ -90,19 +112,11 @@ fn add_chunk(row: u32, up_row: u32, x_row: u32, n_live: u32, c: u32) {
         up_scale = scales4(up_row, c);
     }
     if (TOKENS == 1u) {
-        let x = activations(0u, x_row, c);
-        dots[0] += scale * quad_dot(w0, w1, w2, w3, x);
-        if (SETS == 2u) {
-            dots[1] += up_scale * quad_dot(u0, u1, u2, u3, x);
-        }
+        add_token(0u, x_row, c, w, up, scale, up_scale);
         return;
     }
     for (var t = 0u; t < TOKENS; t++) {
-        let x = activations(t, x_row + min(t, n_live - 1u), c);
-        dots[t * SETS] += scale * quad_dot(w0, w1, w2, w3, x);
-        if (SETS == 2u) {
-            dots[t * SETS + 1u] += up_scale * quad_dot(u0, u1, u2, u3, x);
-        }
+        add_token(t, x_row + min(t, n_live - 1u), c, w, up, scale, up_scale);
     }
 }
 
