@@ -96,6 +96,7 @@ fn options_out_of_range() {
     fails(&["--max-tokens", "0"], &["max_tokens is 0"]);
     fails(&["--group-size", "48"], &["--group-size"]);
     fails(&["--group-size", "64", "--weights", "f16"], &["--group-size"]);
+    fails(&["--group-size", "48", "--weights", "w4a16"], &["--group-size"]);
     run_with(&["--memory-limit", "1"]).fails_as(4, &["does not fit", "1.0 MiB"]);
     let huge = ["--max-num-batched-tokens", "18446744073709551615", "--memory-limit", "500"];
     run_with(&huge).fails_as(4, &["does not fit"]);

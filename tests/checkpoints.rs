@@ -26,6 +26,9 @@ pub(crate) const GPU: DeviceChoice = DeviceChoice::Index(0);
 /// Int8 experts with one scale per output channel.
 pub(crate) const W8: WeightFormat = WeightFormat::W8 { group: None };
 
+/// Int4 experts with as many scales as there can be.
+pub(crate) const W4: WeightFormat = WeightFormat::W4 { group: 32 };
+
 pub(crate) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
 }
@@ -36,7 +39,7 @@ pub(crate) fn gull() -> PathBuf {
 
 /// Options for a directory; enough rows of logits to see every position of a step.
 pub(crate) fn options(dir: &Path, device: DeviceChoice, weights: WeightFormat) -> LlmOptions {
-    let model = Some(dir.display().to_string());
+    let (model, weights) = (Some(dir.display().to_string()), Some(weights));
     LlmOptions { model, device, weights, max_logits: 512, ..LlmOptions::default() }
 }
 

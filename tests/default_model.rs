@@ -11,7 +11,7 @@ use moewe::{
 };
 use serde_json::Value;
 
-use crate::checkpoints::{GPU, W8, gull, logits, open, options, read_json};
+use crate::checkpoints::{GPU, W4, W8, gull, logits, open, options, read_json};
 
 fn reference() -> Value {
     read_json(&gull().join("reference.json"))
@@ -131,15 +131,17 @@ fn perplexity_of_held_out_text() {
     assert!(exact > 1.0 && exact < 3.0, "{exact} nats");
     let f32 = mean_nll(GPU, WeightFormat::F32, n);
     assert!((f32 - exact).abs() < 1e-4, "{f32} instead of {exact} nats");
-    for weights in [WeightFormat::F16, W8, WeightFormat::W8 { group: Some(64) }] {
+    let grouped = WeightFormat::W8 { group: Some(64) };
+    for (weights, most) in [(WeightFormat::F16, 0.01), (W8, 0.01), (grouped, 0.01), (W4, 0.03)] {
         let ratio = (mean_nll(GPU, weights, n) - exact).exp();
-        assert!((ratio - 1.0).abs() < 0.01, "{weights:?}: perplexity times {ratio}");
+        assert!((ratio - 1.0).abs() < most, "{weights:?}: perplexity times {ratio}");
     }
 }
 
 #[test]
 fn memory_is_what_was_planned() {
-    let formats = [WeightFormat::F32, WeightFormat::F16, W8, WeightFormat::W8 { group: Some(128) }];
+    let grouped = WeightFormat::W8 { group: Some(128) };
+    let formats = [WeightFormat::F32, WeightFormat::F16, W8, grouped, W4];
     for device in [GPU, DeviceChoice::Cpu] {
         for weights in formats {
             let options = LlmOptions {

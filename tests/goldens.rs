@@ -16,7 +16,7 @@ use pollster::block_on;
 use safetensors::Dtype;
 
 use crate::checkpoints::{
-    GPU, Stored, W8, copy, edit_json, edit_tensors, golden, open, options, read_json,
+    GPU, Stored, W4, W8, copy, edit_json, edit_tensors, golden, open, options, read_json,
 };
 
 fn check(name: &str, device: &DeviceChoice, tier: Option<Tier>, weights: WeightFormat) {
@@ -37,7 +37,7 @@ fn check_options(name: &str, options: LlmOptions) {
 
 fn check_all(name: &str) {
     let grouped = WeightFormat::W8 { group: Some(32) };
-    for weights in [WeightFormat::F32, WeightFormat::F16, W8, grouped] {
+    for weights in [WeightFormat::F32, WeightFormat::F16, W8, grouped, W4] {
         check(name, &GPU, None, weights);
         check(name, &DeviceChoice::Cpu, None, weights);
     }
@@ -89,7 +89,7 @@ fn qwen3_moe_mixed() {
 #[test]
 fn weights_split_over_bindings() {
     for name in ["glm4_moe", "mixtral", "llama", "qwen2_moe"] {
-        for weights in [WeightFormat::F32, WeightFormat::F16, W8] {
+        for weights in [WeightFormat::F32, WeightFormat::F16, W8, W4] {
             let dir = golden(name);
             let mut device = block_on(Device::open(&GPU)).expect("an adapter");
             device.limit_bindings(32 << 10);

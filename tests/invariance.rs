@@ -115,7 +115,7 @@ fn experts_one_after_another_give_what_all_at_once_do() {
 
 #[test]
 fn batches_of_int8_experts_repeat_exactly() {
-    let mut llm = llm(|o| o.weights = W8);
+    let mut llm = llm(|o| o.weights = Some(W8));
     let first = greedy_all(&mut llm.engine, 12);
     assert_eq!(first, greedy_all(&mut llm.engine, 12));
     // Other kernels serve one sequence than many; text may part at near ties, mostly it does not.

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    checkpoints::{GPU, Stored, W8, golden, options, write_tensors},
+    checkpoints::{GPU, Stored, W4, W8, golden, options, write_tensors},
     reference::{Outputs, Reference, Weights, best},
 };
 
@@ -120,6 +120,7 @@ fn check(config: &Value, seed: u64, prompts: &[(usize, usize)]) {
         (GPU, None, WeightFormat::F16),
         (GPU, None, W8),
         (GPU, None, WeightFormat::W8 { group: Some(32) }),
+        (GPU, None, W4),
     ];
     for (device, tier, weights) in runs {
         let options = options(dir.path(), device.clone(), weights);

@@ -97,6 +97,12 @@ fn add_chunk(row: u32, up_row: u32, x_row: u32, n_live: u32, c: u32) {
         add_vec4(w, u, 2u, x_row, n_live, c);
         add_vec4(w, u, 3u, x_row, n_live, c);
     }
+    if (CHUNK > 16u) {
+        add_vec4(w, u, 4u, x_row, n_live, c);
+        add_vec4(w, u, 5u, x_row, n_live, c);
+        add_vec4(w, u, 6u, x_row, n_live, c);
+        add_vec4(w, u, 7u, x_row, n_live, c);
+    }
 }
 
 fn scales4(row: u32, c: u32) -> vec4<f32> {

@@ -117,18 +117,30 @@ fn stage_x(i: u32, v: vec4<u32>, chunk: u32, lid: u32) {
     }
 }
 
-// Four int8 weights as f16, for which many GPUs lack a fast conversion: the bits of 1024 + 128 + w.
-fn int8_halves(q: u32) -> vec4<f16> {
-    let even = (q & 0x00ff00ffu) ^ 0x64806480u;
-    let odd = ((q >> 8u) & 0x00ff00ffu) ^ 0x64806480u;
-    let e = vec2<f16>(unpack2x16float(even)) - vec2<f16>(1152.0);
-    let o = vec2<f16>(unpack2x16float(odd)) - vec2<f16>(1152.0);
-    return vec4<f16>(e.x, o.x, e.y, o.y);
+// Four integers as f16, for which many GPUs lack a fast conversion: the bits of 1024 + w and what
+// makes w positive, 128 for int8 and 8 for int4.
+fn int_halves(chunk: vec4<u32>, i: u32) -> vec4<f16> {
+    var q = chunk[i % 4u];
+    var mask = 0x00ff00ffu;
+    var zero = 0x64806480u;
+    if (CHUNK == 32u) {
+        q = chunk[i / 2u] >> (i % 2u * 4u);
+        mask = 0x000f000fu;
+        zero = 0x64086408u;
+    }
+    let offset = vec2<f16>(unpack2x16float(zero));
+    let even = vec2<f16>(unpack2x16float((q & mask) ^ zero)) - offset;
+    let odd = vec2<f16>(unpack2x16float(((q >> 8u) & mask) ^ zero)) - offset;
+    return vec4<f16>(even.x, odd.x, even.y, odd.y);
 }
 
+// Scales of int4 are rounded to f16, which is little beside the rounding of its weights.
 fn weight_halves(chunk: vec4<u32>, i: u32, scale: f32) -> vec4<f16> {
+    if (CHUNK == 32u) {
+        return int_halves(chunk, i) * f16(scale);
+    }
     if (CHUNK == 16u && scale_is_per_row()) {
-        return int8_halves(chunk[i]);
+        return int_halves(chunk, i);
     }
     return vec4<f16>(weight4(chunk, i) * scale);
 }
@@ -151,6 +163,12 @@ fn stage_w(i: u32, v: vec4<u32>, row: u32, chunk: u32, lid: u32) {
         if (CHUNK > 8u) {
             staged[to + 2u] = weight_halves(v, 2u, scale);
             staged[to + 3u] = weight_halves(v, 3u, scale);
+        }
+        if (CHUNK > 16u) {
+            staged[to + 4u] = weight_halves(v, 4u, scale);
+            staged[to + 5u] = weight_halves(v, 5u, scale);
+            staged[to + 6u] = weight_halves(v, 6u, scale);
+            staged[to + 7u] = weight_halves(v, 7u, scale);
         }
     }
 }

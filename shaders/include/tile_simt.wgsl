@@ -16,6 +16,7 @@ const THREADS: u32 = 64u;
 const TILE_TOKENS: u32 = 32u;  // 16 unless WIDE
 const TILE_ROWS: u32 = 128u;
 const TILE_COLS: u32 = 16u;
+const PART: u32 = min(CHUNK, TILE_COLS);  // columns of a chunk that are staged together
 // The same in vec4s.
 const TOKENS4: u32 = 8u;
 const ROWS4: u32 = 32u;
@@ -65,22 +66,25 @@ fn stage_x(sources: vec4<u32>, col4: u32, lid: u32) {
     }
 }
 
-// Chunks `chunk`.. of weight rows `first`..; rows past `last` + 4 are repeats of the last four.
-fn stage_weights(first: u32, last: u32, chunk: u32, lid: u32) {
-    for (var i = lid; i < ROWS4 * (TILE_COLS / CHUNK); i += THREADS) {
+// Columns `col`.. of weight rows `first`..; rows past `last` + 4 are repeats of the last four. Of
+// a chunk that is longer than the tile's columns, a part.
+fn stage_weights(first: u32, last: u32, col: u32, lid: u32) {
+    for (var i = lid; i < ROWS4 * (TILE_COLS / PART); i += THREADS) {
         let row = min(first + i % ROWS4 * 4u, last);
         let c = i / ROWS4;
-        let at = row * p.n_chunks + (chunk + c) * 4u;
+        let chunk = col / CHUNK + c;
+        let at = row * p.n_chunks + chunk * 4u;
         let w0 = weights[at];
         let w1 = weights[at + 1u];
         let w2 = weights[at + 2u];
         let w3 = weights[at + 3u];
-        let scale = vec4(weight_scale(row, chunk + c), weight_scale(row + 1u, chunk + c),
-                         weight_scale(row + 2u, chunk + c), weight_scale(row + 3u, chunk + c));
-        for (var j = 0u; j < CHUNK / 4u; j++) {
-            let t = transpose(mat4x4(weight4(w0, j), weight4(w1, j),
-                                     weight4(w2, j), weight4(w3, j)));
-            let to = (c * CHUNK + 4u * j) * ROWS4 + i % ROWS4;
+        let scale = vec4(weight_scale(row, chunk), weight_scale(row + 1u, chunk),
+                         weight_scale(row + 2u, chunk), weight_scale(row + 3u, chunk));
+        for (var j = 0u; j < PART / 4u; j++) {
+            let begin = col % CHUNK / 4u + j;
+            let t = transpose(mat4x4(weight4(w0, begin), weight4(w1, begin),
+                                     weight4(w2, begin), weight4(w3, begin)));
+            let to = (c * PART + 4u * j) * ROWS4 + i % ROWS4;
             w_tile[to] = t[0] * scale;
             w_tile[to + ROWS4] = t[1] * scale;
             w_tile[to + 2u * ROWS4] = t[2] * scale;
@@ -95,9 +99,9 @@ fn tile_product(first: u32, last: u32, lid: u32) -> Sums {
     let i = staged_token(lid);
     let sources = vec4(x_source(i), x_source(i + 1u), x_source(i + 2u), x_source(i + 3u));
     var s = Sums();
-    for (var chunk = 0u; chunk < p.n_chunks; chunk += TILE_COLS / CHUNK) {
-        stage_x(sources, chunk * (CHUNK / 4u), lid);
-        stage_weights(first, last, chunk, lid);
+    for (var col = 0u; col < p.n_chunks * CHUNK; col += TILE_COLS) {
+        stage_x(sources, col / 4u, lid);
+        stage_weights(first, last, col, lid);
         workgroupBarrier();
         for (var k = 0u; k < TILE_COLS; k++) {
             let w = w_tile[k * ROWS4 + lid % ROWS4];

@@ -126,7 +126,7 @@ mod tests {
     use crate::bench::shape;
 
     #[test]
-    fn int8_experts_take_a_quarter_of_f32_and_half_of_f16() {
+    fn int8_experts_take_a_quarter_of_f32_and_half_of_f16_and_int4_less() {
         for name in ["qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3-shard", "olmoe"] {
             let spec = shape(name, Some(2)).unwrap().unwrap();
             let bytes = |format| expert_bytes(&spec, format) as f64;
@@ -134,6 +134,9 @@ mod tests {
             let shares = [w8 / bytes(WeightFormat::F32), w8 / bytes(WeightFormat::F16)];
             assert!(shares[0] > 0.25 && shares[0] <= 0.26, "{name} {shares:?}");
             assert!(shares[1] > 0.5 && shares[1] <= 0.52, "{name} {shares:?}");
+            // 32 bits of a scale on 32 weights of four bits.
+            let w4 = bytes(WeightFormat::W4 { group: 32 });
+            assert_eq!(w4 / bytes(WeightFormat::F16), 5.0 / 16.0, "{name}");
         }
         // 128 experts of 3 x 768 x 2048 bytes, and a scale for each of their rows.
         let qwen = shape("qwen3-30b-a3b", Some(1)).unwrap().unwrap();

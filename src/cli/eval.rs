@@ -7,10 +7,7 @@ use clap::Args;
 use indicatif::ProgressBar;
 use moewe::{evaluate::perplexity, llm::LlmOptions};
 
-use super::{
-    options::{ModelArgs, Weights},
-    report::print_line,
-};
+use super::{options::ModelArgs, report::print_line};
 
 /// Options of `moewe eval`.
 #[derive(Debug, Args)]
@@ -32,7 +29,7 @@ impl Eval {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         let text = std::fs::read_to_string(&self.text)
             .with_context(|| format!("{} cannot be read as text", self.text.display()))?;
-        let options = self.model.options(Weights::W8a16)?;
+        let options = self.model.options(None)?;
         let max_logits = options.max_num_batched_tokens;
         let mut llm = self.model.load(LlmOptions { max_logits, ..options })?;
         let tokens = llm.raw_prompt(&text)?;

@@ -41,7 +41,7 @@ pub(crate) enum Command {
     Verify(verify::Verify),
     /// Perplexity of a text.
     Eval(eval::Eval),
-    /// Write a model with int8 experts: half the size, the same answers as `--weights w8a16`.
+    /// Write a model with int8 or int4 experts, which answers as the original under `--weights`.
     Quantize(quantize::Quantize),
     /// Measure tokens per second, of kernels, the engine or a server.
     Bench(Box<bench::Bench>),

@@ -15,7 +15,7 @@ use moewe::{
 use super::devices::DeviceArgs;
 
 /// Packing of weights.
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
 pub(crate) enum Weights {
     /// f32, activations too if it is the experts'.
     F32,
@@ -23,6 +23,20 @@ pub(crate) enum Weights {
     F16,
     /// int8, by itself for the experts only.
     W8a16,
+    /// int4 in groups of inputs, by itself for the experts only.
+    W4a16,
+}
+
+impl Weights {
+    /// With a scale for so many inputs.
+    pub(crate) fn format(self, group: Option<usize>) -> WeightFormat {
+        match self {
+            Self::F32 => WeightFormat::F32,
+            Self::F16 => WeightFormat::F16,
+            Self::W8a16 => WeightFormat::W8 { group },
+            Self::W4a16 => WeightFormat::W4 { group: group.unwrap_or(32) },
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -78,15 +92,15 @@ pub(crate) struct ModelArgs {
     /// Highest shader tier to use [default: the adapter's]
     #[arg(long, value_enum, hide = true)]
     tier: Option<TierArg>,
-    /// Packing of the weights
+    /// Packing of the weights [default: that of a quantised model, else w8a16; f32 for verify]
     #[arg(long, value_enum)]
     weights: Option<Weights>,
-    /// Packing of attention, dense and shared layers, embedding and head; int8 in groups of 32
+    /// Packing of attention, dense and shared layers, embedding and head; integers in groups of 32
     /// inputs unless --group-size says otherwise [default: f32 with f32 experts, else f16]
     #[arg(long, value_enum)]
     dense_weights: Option<Weights>,
-    /// Inputs that share an int8 scale: 32, 64 or 128 [default: one scale per output channel of the
-    /// experts]
+    /// Inputs that share a scale: 32, 64 or 128 [default: 32 for int4, all inputs of an output
+    /// channel for int8]
     #[arg(long)]
     group_size: Option<usize>,
     /// In steps of many tokens, launch the products of each expert by themselves instead of all
@@ -124,21 +138,20 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// As the library wants them; `weights` is what counts if the user did not say.
-    pub(crate) fn options(&self, weights: Weights) -> anyhow::Result<LlmOptions> {
-        let format = |weights, group| match weights {
-            Weights::F32 => WeightFormat::F32,
-            Weights::F16 => WeightFormat::F16,
-            Weights::W8a16 => WeightFormat::W8 { group },
-        };
-        let weights = format(self.weights.unwrap_or(weights), self.group_size);
+    /// As the library wants them; `weights` is what counts if the user did not say, the library's
+    /// default if absent.
+    pub(crate) fn options(&self, weights: Option<Weights>) -> anyhow::Result<LlmOptions> {
+        let weights = self.weights.or(weights).or(self.group_size.map(|_| Weights::W8a16));
+        let weights = weights.map(|weights| weights.format(self.group_size));
         // Attention and head bear one scale per channel less well than experts do.
         let dense_group = self.group_size.or(Some(32));
-        let dense_weights = self.dense_weights.map(|weights| format(weights, dense_group));
+        let dense_weights = self.dense_weights.map(|weights| weights.format(dense_group));
         check_group_size(self.group_size)?;
-        let is_int8 = |format| matches!(format, WeightFormat::W8 { .. });
-        let any_int8 = is_int8(weights) || dense_weights.is_some_and(is_int8);
-        ensure!(self.group_size.is_none() || any_int8, "--group-size goes with --weights w8a16");
+        let any_groups = weights.into_iter().chain(dense_weights).any(|f| f.is_quantized());
+        ensure!(
+            self.group_size.is_none() || any_groups,
+            "--group-size goes with --weights w8a16 or w4a16"
+        );
         ensure!(self.max_num_batched_tokens > 0, "--max-num-batched-tokens must be at least 1");
         ensure!(
             (1..=1024).contains(&self.block_size),

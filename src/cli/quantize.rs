@@ -1,17 +1,14 @@
-//! `moewe quantize`: experts to int8, once and for all.
+//! `moewe quantize`: experts to int8 or int4, once and for all.
 
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::ensure;
 use clap::Args;
 use indicatif::{HumanBytes, ProgressBar};
-use moewe::{
-    llm::{LlmOptions, quantize},
-    weights::WeightFormat,
-};
+use moewe::llm::{LlmOptions, quantize};
 
 use super::{
-    options::{CheckpointArgs, check_group_size},
+    options::{CheckpointArgs, Weights, check_group_size},
     report::print_line,
 };
 
@@ -22,7 +19,11 @@ pub(crate) struct Quantize {
     out: PathBuf,
     #[command(flatten)]
     checkpoint: CheckpointArgs,
-    /// Inputs that share an int8 scale: 32, 64 or 128 [default: one scale per output channel]
+    /// Packing of the experts: w8a16 or w4a16
+    #[arg(long, value_enum, default_value = "w8a16")]
+    weights: Weights,
+    /// Inputs that share a scale: 32, 64 or 128 [default: 32 for int4, all inputs of an output
+    /// channel for int8]
     #[arg(long)]
     group_size: Option<usize>,
 }
@@ -32,8 +33,8 @@ impl Quantize {
         check_group_size(self.group_size)?;
         let target = self.out.join("model.safetensors");
         ensure!(!target.exists(), "{} exists; name an empty directory", target.display());
-        let weights = WeightFormat::W8 { group: self.group_size };
-        let options = LlmOptions { weights, ..self.checkpoint.options() };
+        let weights = self.weights.format(self.group_size);
+        let options = LlmOptions { weights: Some(weights), ..self.checkpoint.options() };
         let bar = ProgressBar::new(0);
         let done = quantize(&options, &self.out, &|done, all| {
             bar.set_length(all);

@@ -19,7 +19,7 @@ use moewe::{
 use rustyline::error::ReadlineError;
 
 use super::{
-    options::{ModelArgs, SamplingArgs, Weights},
+    options::{ModelArgs, SamplingArgs},
     report::{Speed, Stopwatch, print_cache, print_line, print_profile},
 };
 
@@ -62,7 +62,7 @@ impl Run {
             }
             Some(text) => text.to_owned(),
         };
-        let mut llm = self.chat.model.load(self.chat.model.options(Weights::W8a16)?)?;
+        let mut llm = self.chat.model.load(self.chat.model.options(None)?)?;
         let tokens = if self.raw {
             llm.raw_prompt(&prompt)?
         } else {
@@ -136,7 +136,7 @@ impl Chat {
     }
 
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        let mut llm = self.model.load(self.model.options(Weights::W8a16)?)?;
+        let mut llm = self.model.load(self.model.options(None)?)?;
         eprintln!("Type a message; /reset starts over, /quit ends, Ctrl-C stops an answer.");
         let mut editor = rustyline::DefaultEditor::new()?;
         let mut messages = self.opening();

@@ -12,7 +12,7 @@ use moewe::{
 };
 use tokio::{net::TcpListener, sync::watch};
 
-use super::options::{ModelArgs, Weights};
+use super::options::ModelArgs;
 use crate::{DEVICE_LOST, OUT_OF_MEMORY};
 
 /// Steps between timings of the router: rare, as a timed step waits between its kernels.
@@ -99,7 +99,7 @@ enum ToolCallParser {
 impl Serve {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         let config = self.config()?;
-        let mut options = self.model.options(Weights::W8a16)?;
+        let mut options = self.model.options(None)?;
         options.max_num_seqs = self.max_num_seqs.max(1);
         options.engine.policy = match self.scheduling_policy {
             SchedulingPolicy::Fcfs => Policy::Fcfs,

@@ -31,7 +31,7 @@ pub(crate) struct Verify {
 impl Verify {
     pub(crate) fn run(mut self) -> anyhow::Result<ExitCode> {
         self.model.checkpoint.model = Some(self.dir.display().to_string());
-        let options = self.model.options(Weights::F32)?;
+        let options = self.model.options(Some(Weights::F32))?;
         let precision = options.precision();
         let max_logits = options.max_num_batched_tokens;
         let mut llm = self.model.load(LlmOptions { max_logits, text: false, ..options })?;

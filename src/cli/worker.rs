@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::options::{ModelArgs, Weights};
+use super::options::ModelArgs;
 
 /// Options of `moewe worker`.
 #[derive(Debug, Args)]
@@ -15,7 +15,7 @@ pub(crate) struct Worker {
 
 impl Worker {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        moewe::llm::serve_experts(&self.model.options(Weights::W8a16)?)?;
+        moewe::llm::serve_experts(&self.model.options(None)?)?;
         Ok(ExitCode::SUCCESS)
     }
 }

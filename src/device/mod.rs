@@ -49,7 +49,8 @@ pub enum DeviceError {
     },
     /// Allocation failed.
     #[error(
-        "out of device memory{}; use a smaller model, --weights w8a16 or a shorter --max-model-len",
+        "out of device memory{}; use a smaller model, --weights w8a16 or w4a16, or a shorter \
+         --max-model-len",
         asked_for(*.bytes)
     )]
     OutOfMemory {
@@ -58,8 +59,8 @@ pub enum DeviceError {
     },
     /// The plan exceeds the memory.
     #[error(
-        "the model does not fit: it needs {plan}; use a smaller model or --weights w8a16, or \
-         lower --max-model-len or --max-num-batched-tokens"
+        "the model does not fit: it needs {plan}; use a smaller model or --weights w8a16 or w4a16, \
+         or lower --max-model-len or --max-num-batched-tokens"
     )]
     DoesNotFit {
         /// What is needed, by purpose.

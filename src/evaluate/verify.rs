@@ -53,7 +53,7 @@ impl Tolerance {
                 margin_sigmoid: 0.01,
                 top2_gap: 0.1,
             },
-            _ => Self {
+            8 => Self {
                 logit_max: inf,
                 logit_rel: 0.03,
                 position_rel: 0.1,
@@ -61,6 +61,15 @@ impl Tolerance {
                 margin_softmax: 0.25,
                 margin_sigmoid: 0.05,
                 top2_gap: 0.4,
+            },
+            _ => Self {
+                logit_max: inf,
+                logit_rel: 0.4,
+                position_rel: 0.7,
+                weight_max: inf,
+                margin_softmax: 2.0,
+                margin_sigmoid: 0.4,
+                top2_gap: 4.0,
             },
         }
     }

@@ -278,7 +278,7 @@ mod tests {
         // f16 outputs differ by a rounding step of 2^-11, hence the wider bound.
         for (dtype, tolerance) in [(F32, 1e-7), (F16, 1e-6)] {
             check(tolerance, |bench, rec| {
-                for format in [FORMATS[1], FORMATS[3]] {
+                for format in [FORMATS[1], FORMATS[3], FORMATS[5]] {
                     let weights = bench.matrix(format, 1, 96, 100);
                     let x = bench.activations(33, 100, F16);
                     let out = bench.normal(&[33, 96], dtype);
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn w8a16_equals_the_dequantised_weights() {
+    fn integers_equal_the_dequantised_weights() {
         let value = |i: usize| (i * 7919 % 1009) as f32 / 504.5 - 1.0;
         let x: Vec<f32> = (0..33 * COLS).map(value).collect();
         for format in &FORMATS[2..] {

@@ -13,7 +13,7 @@ use super::{has_subgroup_sums, sum_lanes};
 pub struct Matrix {
     /// Packed rows, [interleaved](crate::weights::interleave). U8 `[n_experts, rows, row bytes]`
     pub weights: Tensor,
-    /// Scales of int8 rows, F32 `[n_experts, rows, scales_per_row]`; `weights` again for floats,
+    /// Scales of integers, F32 `[n_experts, rows, scales_per_row]`; `weights` again for floats,
     /// whose kernels never read it.
     pub scales: Tensor,
     /// How weights are packed.
@@ -53,7 +53,7 @@ impl Matrix {
     pub(crate) fn bytes(&self, rows: usize, cols: usize) -> (u64, u64) {
         let n_scales = self.format.scales_per_row(cols);
         let scales = if n_scales > 0 { self.scales.bytes() } else { 0 };
-        let row = cols * self.format.element_bytes() + n_scales * size_of::<f32>();
+        let row = self.format.source_dtype().row_bytes(cols) + n_scales * size_of::<f32>();
         (self.weights.bytes() + scales, (self.n_experts * rows * row) as u64)
     }
 
@@ -65,6 +65,7 @@ impl Matrix {
             WeightFormat::W8 { group } => {
                 shader.slot("weight", "w8").set("GROUP", group.unwrap_or(0) as u32)
             }
+            WeightFormat::W4 { group } => shader.slot("weight", "w4").set("GROUP", group as u32),
         }
     }
 }
@@ -154,14 +155,15 @@ impl<'a> Rows<'a> {
         shader: &Shader,
         n_chunks: u32,
     ) -> Self {
-        let group = shader.override_value("GROUP").filter(|&group| group > 0);
+        let group = shader.override_value("GROUP").unwrap_or(0) as usize;
         let format = match shader.slot_value("weight") {
             Some("f32") => WeightFormat::F32,
             Some("f16") => WeightFormat::F16,
-            _ => WeightFormat::W8 { group: group.map(|group| group as usize) },
+            Some("w4") => WeightFormat::W4 { group },
+            _ => WeightFormat::W8 { group: (group > 0).then_some(group) },
         };
         let row_bytes = n_chunks as usize * 16;
-        Self { weights, scales, format, row_bytes, cols: row_bytes / format.element_bytes() }
+        Self { weights, scales, format, row_bytes, cols: row_bytes * 8 / format.bits() }
     }
 
     /// A row, unpacked. `[cols]`

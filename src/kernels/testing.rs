@@ -16,13 +16,15 @@ use crate::{
 
 use super::Matrix;
 
-/// Every weight format.
-pub(crate) const FORMATS: [WeightFormat; 5] = [
+/// Every weight format, with its smallest and its largest groups.
+pub(crate) const FORMATS: [WeightFormat; 7] = [
     WeightFormat::F32,
     WeightFormat::F16,
     WeightFormat::W8 { group: None },
     WeightFormat::W8 { group: Some(32) },
     WeightFormat::W8 { group: Some(128) },
+    WeightFormat::W4 { group: 32 },
+    WeightFormat::W4 { group: 128 },
 ];
 
 /// Bytes before and after every tensor that no kernel may touch.

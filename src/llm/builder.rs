@@ -43,8 +43,8 @@ setters! {
     eplb: EplbOptions => Some(eplb),
     /// Keep all experts in the host's memory, and so many bytes of them on the device.
     expert_cache: CacheOptions => Some(expert_cache),
-    /// Packing of the experts' weights.
-    weights: WeightFormat => weights,
+    /// Packing of the experts' weights; by default as a quantised checkpoint has them, else int8.
+    weights: WeightFormat => Some(weights),
     /// Multiply the tokens of all experts in one launch; if not, in one for each expert.
     moe_block_align: bool => moe_block_align,
     /// Where weights come from.

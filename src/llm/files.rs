@@ -14,6 +14,9 @@ use crate::{
 /// Name of the model that every command uses unless told otherwise.
 pub const DEFAULT_MODEL: &str = "gull-20m";
 
+/// What config.json calls the work of `moewe quantize`.
+pub(super) const QUANT_METHOD: &str = "moewe";
+
 /// No file beside the weights is larger; the largest is tokenizer.json.
 const MAX_FILE_BYTES: u64 = 256 << 20;
 
@@ -61,8 +64,8 @@ pub enum FilesError {
         cause: std::io::Error,
     },
     /// A model was to be quantised to floats.
-    #[error("{format} is not int8; quantise to w8a16, or w8a16-g32, -g64, -g128")]
-    NotInt8 {
+    #[error("{format} holds floats; quantise to w8a16, or w8a16-g32 or w4a16-g32, -g64, -g128")]
+    NotQuantized {
         /// What was asked for.
         format: WeightFormat,
     },
@@ -138,9 +141,24 @@ pub(super) fn read_config_json(files: &dyn Files, dir: &Path) -> Result<Value> {
     Ok(read_json(files, dir, "config.json")?.ok_or_else(absent)?)
 }
 
+/// What a model's JSON files say.
+pub(super) struct Config {
+    pub(super) spec: ModelSpec,
+    pub(super) defaults: SamplingParams,
+    /// How `moewe quantize` has packed the experts, if it has.
+    pub(super) weights: Option<WeightFormat>,
+}
+
 /// Reads config.json and, if there, generation_config.json; `dir` is what errors call the place.
-pub(super) fn read_config(files: &dyn Files, dir: &Path) -> Result<(ModelSpec, SamplingParams)> {
-    let mut spec = arch::parse(&read_config_json(files, dir)?)?;
+pub(super) fn read_config(files: &dyn Files, dir: &Path) -> Result<Config> {
+    let json = read_config_json(files, dir)?;
+    let mut spec = arch::parse(&json)?;
+    let weights = match &json["quantization_config"] {
+        how if how["quant_method"] == QUANT_METHOD => {
+            Some(how["weights"].as_str().unwrap_or_default().parse()?)
+        }
+        _ => None,
+    };
     let mut defaults = SamplingParams::default();
     if let Some(json) = read_json(files, dir, "generation_config.json")? {
         let number = |key: &str| json.get(key).and_then(Value::as_f64).map(|v| v as f32);
@@ -163,7 +181,7 @@ pub(super) fn read_config(files: &dyn Files, dir: &Path) -> Result<(ModelSpec, S
         spec.eos_token_ids.sort_unstable();
         spec.eos_token_ids.dedup();
     }
-    Ok((spec, defaults))
+    Ok(Config { spec, defaults, weights })
 }
 
 /// Reads a JSON file of bounded size; `None` where there is none.

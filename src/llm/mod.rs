@@ -81,8 +81,9 @@ pub struct LlmOptions {
     pub expert_cache: Option<CacheOptions>,
     /// Highest tier of the adapter to use, for tests and to rule a tier out; all if absent.
     pub tier: Option<Tier>,
-    /// Packing of the experts' weights, see [`Precision::of`].
-    pub weights: WeightFormat,
+    /// Packing of the experts' weights, see [`Precision::of`]; if absent, that of a checkpoint
+    /// which [`quantize`] wrote, else int8 with one scale per output channel.
+    pub weights: Option<WeightFormat>,
     /// Packing of all other matrices but the routers, which stay in f32; what goes with `weights`
     /// if absent.
     pub dense_weights: Option<WeightFormat>,
@@ -126,7 +127,7 @@ impl Default for LlmOptions {
             eplb: None,
             expert_cache: None,
             tier: None,
-            weights: WeightFormat::W8 { group: None },
+            weights: None,
             dense_weights: None,
             moe_block_align: true,
             load_format: LoadFormat::Safetensors,
@@ -147,7 +148,7 @@ impl Default for LlmOptions {
 impl LlmOptions {
     /// Number formats of the model.
     pub fn precision(&self) -> Precision {
-        let usual = Precision::of(self.weights);
+        let usual = Precision::of(self.weights.unwrap_or(WeightFormat::W8 { group: None }));
         Precision { rest: self.dense_weights.unwrap_or(usual.rest), ..usual }
     }
 }
@@ -208,7 +209,8 @@ impl PlannedLlm {
         mut options: LlmOptions,
     ) -> Result<Self> {
         options.block_size = options.block_size.clamp(1, MAX_STEP_TOKENS);
-        let (spec, defaults) = files::read_config(&*files, &dir)?;
+        let files::Config { spec, defaults, weights } = files::read_config(&*files, &dir)?;
+        options.weights = options.weights.or(weights);
         let mut device = Device::open(&options.device).await?;
         if let Some(tier) = options.tier {
             device.shrink(tier);

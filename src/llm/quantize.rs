@@ -1,5 +1,5 @@
-//! Writes a checkpoint whose routed experts are int8 already: half the download, and loading
-//! copies bytes instead of rounding floats.
+//! Writes a checkpoint whose routed experts are int8 or int4 already: half or a quarter of the
+//! download, and loading copies bytes instead of rounding floats.
 
 use std::{borrow::Cow, cell::Cell, fs, io, path::Path, sync::OnceLock};
 
@@ -20,7 +20,7 @@ const WEIGHTS: [&str; 8] = ["safetensors", "bin", "pt", "pth", "gguf", "onnx", "
 /// Sizes before and after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quantized {
-    /// Tensors of experts, now int8.
+    /// Tensors of experts, now integers.
     pub tensors: usize,
     /// Bytes of all tensors before.
     pub before: u64,
@@ -29,22 +29,23 @@ pub struct Quantized {
 }
 
 /// Reads the model of `options` and writes it to the directory `out`: routed experts as
-/// `options.weights` packs them (I8 tensors under their own names, each with F32 scales `[rows,
-/// scales per row]` under its name and `_scale`), everything else as it is. It computes exactly
-/// what the original does under the same `--weights`. `progress` hears of bytes written, and of
-/// all that there are to write.
+/// `options.weights` packs them (under their own names I8 tensors, or U8 with two int4 a byte, each
+/// with F32 scales `[rows, scales per row]` under its name and `_scale`), everything else as it is.
+/// config.json says how, so that the model is loaded as it is packed unless told otherwise. It
+/// computes exactly what the original does under the same `--weights`. `progress` hears of bytes
+/// written, and of all that there are to write.
 ///
 /// # Errors
-/// [`FilesError::NotInt8`] for float formats, [`FilesError::Quantized`] for a model that is int8
-/// already, [`FilesError::Write`], and those of reading a model.
+/// [`FilesError::NotQuantized`] for float formats, [`FilesError::Quantized`] for a model that is
+/// quantised already, [`FilesError::Write`], and those of reading a model.
 pub fn quantize(
     options: &LlmOptions,
     out: &Path,
     progress: &dyn Fn(u64, u64),
 ) -> Result<Quantized> {
-    let format = options.weights;
-    if !matches!(format, WeightFormat::W8 { .. }) {
-        return Err(FilesError::NotInt8 { format }.into());
+    let format = options.precision().experts;
+    if !format.is_quantized() {
+        return Err(FilesError::NotQuantized { format }.into());
     }
     let dir = files::resolve(options)?;
     let mut config = files::read_config_json(&Directory(dir.clone()), &dir)?;
@@ -63,7 +64,7 @@ pub fn quantize(
     for name in checkpoint.names() {
         match experts.get(&name) {
             Some(shape) => {
-                if checkpoint.tensor(&name, shape)?.dtype() == SourceDtype::I8 {
+                if checkpoint.tensor(&name, shape)?.quantized_format().is_some() {
                     return Err(FilesError::Quantized { dir }.into());
                 }
                 parts.extend(writer.expert(&name, shape));
@@ -85,7 +86,7 @@ pub fn quantize(
     copy_rest(&dir, out)?;
     if let Value::Object(config) = &mut config {
         let weights = format.to_string();
-        let how = json!({ "quant_method": "moewe", "weights": weights });
+        let how = json!({ "quant_method": files::QUANT_METHOD, "weights": weights });
         config.insert("quantization_config".into(), how);
     }
     let text = format!("{config:#}\n");
@@ -169,15 +170,17 @@ impl Writer<'_> {
         Some(self.part(name.to_owned(), dtype, shape.to_vec(), Content::Copy, (name, shape)))
     }
 
-    /// An expert's matrix, or those of all: the int8 values and their scales.
+    /// An expert's matrix, or those of all: the integers and their scales.
     fn expert(&self, name: &str, shape: &[usize]) -> [Part<'_>; 2] {
+        let ints = self.format.source_dtype();
+        let dtype = if ints == SourceDtype::I4 { Dtype::U8 } else { Dtype::I8 };
         let mut scales = shape.to_vec();
         if let Some(cols) = scales.last_mut() {
             *cols = self.format.scales_per_row(*cols);
         }
         let from = (name, shape);
         [
-            self.part(name.to_owned(), Dtype::I8, shape.to_vec(), Content::Weights, from),
+            self.part(name.to_owned(), dtype, ints.stored_shape(shape), Content::Weights, from),
             self.part(scale_name(name), Dtype::F32, scales, Content::Scales, from),
         ]
     }
@@ -211,7 +214,7 @@ impl Part<'_> {
             _ => encoded
                 .weights
                 .chunks(format.bytes_per_row(cols).max(1))
-                .flat_map(|row| &row[..cols])
+                .flat_map(|row| &row[..format.source_dtype().row_bytes(cols)])
                 .copied()
                 .collect(),
         })

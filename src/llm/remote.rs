@@ -37,7 +37,7 @@ pub(super) fn load(
             rank,
             redundant,
             max_tokens: limits.max_tokens,
-            weights: options.weights.to_string(),
+            weights: options.precision().experts.to_string(),
             model: fingerprint(spec),
         };
         Remote::assign(cluster, &assignment, options.mpi.unwrap_or_default())
@@ -60,7 +60,7 @@ pub(super) fn load(
 pub fn serve_experts(options: &LlmOptions) -> Result<()> {
     let dir = files::resolve(options)?;
     let directory = Directory(dir.clone());
-    let (spec, _) = files::read_config(&directory, &dir)?;
+    let spec = files::read_config(&directory, &dir)?.spec;
     serve_rank(|assignment| {
         let Assignment { owners, rank, redundant, max_tokens, weights, model } = assignment.clone();
         let refused = |cause: &str| ParallelError::Cluster { cause: cause.to_owned() };

@@ -27,7 +27,7 @@ pub struct Precision {
 }
 
 impl Precision {
-    /// What `--weights FORMAT` means: int8 is for the experts, everything else stays f16; f32
+    /// What `--weights FORMAT` means: integers are for the experts, everything else stays f16; f32
     /// keeps activations in f32, too.
     pub fn of(format: WeightFormat) -> Self {
         match format {
@@ -180,7 +180,8 @@ fn finite(tensor: &SourceTensor<'_>) -> Result<Vec<f32>> {
 }
 
 /// `n` rows as the device holds them; `row(i)` is where the tensor has row `i`, unless that is
-/// padding. Int8 values that are scaled as wanted are copied, and so stay exactly what they are.
+/// padding. Integers that are packed and scaled as wanted are copied, and so stay exactly what they
+/// are.
 fn pack_rows(
     format: WeightFormat,
     tensor: &SourceTensor<'_>,
@@ -190,8 +191,10 @@ fn pack_rows(
 ) -> Result<Encoded, WeightsError> {
     let width = cols.stacked();
     let n_scales = |f: WeightFormat| f.scales_per_row(width);
-    let alike = |f: WeightFormat| n_scales(f) > 0 && n_scales(f) == n_scales(format);
-    if cols.heads.is_some() || !tensor.int8_format().is_some_and(alike) {
+    let alike = |f: WeightFormat| {
+        f.bits() == format.bits() && n_scales(f) > 0 && n_scales(f) == n_scales(format)
+    };
+    if cols.heads.is_some() || !tensor.quantized_format().is_some_and(alike) {
         return format.encode(tensor.name(), n, width, |i, out| match row(i) {
             Some(row) => cols.row(tensor, row, out),
             None => out.fill(0.0),
@@ -203,8 +206,8 @@ fn pack_rows(
     let rows = weights.chunks_mut(format.bytes_per_row(width)).zip(scales_of);
     for (i, (weights, scales)) in rows.enumerate() {
         if let Some(row) = row(i) {
-            let (from, factors) = tensor.int8_row(row);
-            weights[..width].copy_from_slice(from);
+            let (from, factors) = tensor.packed_row(row);
+            weights[..from.len()].copy_from_slice(from);
             scales.copy_from_slice(factors);
         }
     }

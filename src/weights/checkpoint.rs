@@ -136,16 +136,17 @@ impl Source for Checkpoint {
         let Some((header, entry)) = self.entry(name) else {
             return Err(missing(name, &self.dir, self.places.keys()));
         };
-        check_shape(name, header.file(), shape, &entry.shape)?;
         let dtype = header.dtype(name, entry)?;
-        let tensor = SourceTensor::new(name, dtype, shape, self.read(name)?)?;
-        if dtype != SourceDtype::I8 {
-            return Ok(tensor);
-        }
         let scales = scale_name(name);
-        let Some((_, scale)) = self.entry(&scales) else {
-            return Err(header.wrong_dtype(name, entry));
+        let scale = match dtype {
+            SourceDtype::I8 | SourceDtype::I4 => {
+                Some(self.entry(&scales).ok_or_else(|| header.wrong_dtype(name, entry))?)
+            }
+            _ => None,
         };
+        check_shape(name, header.file(), &dtype.stored_shape(shape), &entry.shape)?;
+        let tensor = SourceTensor::new(name, dtype, shape, self.read(name)?)?;
+        let Some((_, scale)) = scale else { return Ok(tensor) };
         tensor.with_scales(self.tensor(&scales, &scale.shape)?.to_f32())
     }
 }
@@ -300,17 +301,27 @@ mod tests {
     }
 
     #[test]
-    fn int8_needs_its_scales() {
-        let int8 = TensorView::new(Dtype::I8, vec![2, 2], &[1, 2, 0xFF, 4]).unwrap();
+    fn integers_need_their_scales() {
         let scale = TensorView::new(Dtype::BF16, vec![2, 1], &[0x80, 0x3F, 0, 0x40]).unwrap();
-        let both = serialize([("w", int8.clone()), ("w_scale", scale)], None).unwrap();
-        let both = dir(&[(SINGLE_FILE, &both)]);
-        let checkpoint = Checkpoint::open(both.path()).unwrap();
-        assert_eq!(checkpoint.tensor("w", &[2, 2]).unwrap().to_f32(), [1.0, 2.0, -2.0, 8.0]);
-        let alone = dir(&[(SINGLE_FILE, &serialize([("w", int8)], None).unwrap())]);
-        let checkpoint = Checkpoint::open(alone.path()).unwrap();
-        let error = checkpoint.tensor("w", &[2, 2]).unwrap_err().to_string();
-        assert!(error.contains("dtype I8") && error.contains("w_scale"), "{error}");
+        // Rows of int4 are whole words.
+        for (dtype, cols, bytes) in
+            [(Dtype::I8, 2, &[1, 2, 0xFF, 4][..]), (Dtype::U8, 4, &[1, 2, 0, 0, 0xF, 4, 0, 0])]
+        {
+            let ints = TensorView::new(dtype, vec![2, cols], bytes).unwrap();
+            let both = [("w", ints.clone()), ("w_scale", scale.clone())];
+            let both = dir(&[(SINGLE_FILE, &serialize(both, None).unwrap())]);
+            let checkpoint = Checkpoint::open(both.path()).unwrap();
+            assert_eq!(checkpoint.tensor("w", &[2, 2]).unwrap().to_f32(), [1.0, 2.0, -2.0, 8.0]);
+            let error = checkpoint.tensor("w", &[2, 9]).unwrap_err().to_string();
+            assert!(error.contains("\"w\"") && error.contains("shape"), "{error}");
+            let alone = dir(&[(SINGLE_FILE, &serialize([("w", ints)], None).unwrap())]);
+            let checkpoint = Checkpoint::open(alone.path()).unwrap();
+            let error = checkpoint.tensor("w", &[2, 2]).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("dtype {dtype}")) && error.contains("w_scale"),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! How weights are packed for the kernels: f32, f16, and int8 with symmetric scales.
+//! How weights are packed for the kernels: f32, f16, and int8 or int4 with symmetric scales.
 //!
 //! Owns the layout of one row (padding, scales) and the rounding, for the GPU kernels and their
 //! CPU twins alike. Knows neither where the weights came from nor what they multiply.
@@ -7,7 +7,11 @@ use std::{fmt, ops::Range, str::FromStr};
 
 use half::{f16, slice::HalfFloatSliceExt};
 
-use super::{WeightsError, join};
+use super::{
+    SourceDtype, WeightsError,
+    integers::{absmax, pack_int4, pack_int8, unpack_int4},
+    join,
+};
 
 /// Columns are padded with zeros to a multiple of this, so that kernels read whole vectors.
 pub const PAD: usize = 32;
@@ -30,30 +34,32 @@ pub enum WeightFormat {
         /// Columns that share a scale (32, 64 or 128); `None`: all columns of an output channel.
         group: Option<usize>,
     },
+    /// int4 weights for f16 activations: w = q x scale, q in -8..=7, two's complement. Four bytes
+    /// hold eight columns: the first four in their lower halves, the others in their upper ones.
+    W4 {
+        /// Columns that share a scale: 32, 64 or 128.
+        group: usize,
+    },
 }
 
 /// A packed matrix.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Encoded {
-    /// Little-endian elements, columns padded with zeros. `[n_rows, padded(cols)]`
+    /// Little-endian elements, columns padded with zeros. `[n_rows, bytes_per_row(cols)]`
     pub weights: Vec<u8>,
-    /// Scales of int8 rows, empty for floats. `[n_rows, scales_per_row(cols)]`
+    /// Scales of integers, empty for floats. `[n_rows, scales_per_row(cols)]`
     pub scales: Vec<f32>,
 }
 
 impl FromStr for WeightFormat {
     type Err = WeightsError;
 
+    /// The inverse of `to_string`; `w4a16` is short for its smallest group.
     fn from_str(text: &str) -> Result<Self, WeightsError> {
-        Ok(match text {
-            "f32" => Self::F32,
-            "f16" => Self::F16,
-            "w8a16" => Self::W8 { group: None },
-            "w8a16-g32" => Self::W8 { group: Some(32) },
-            "w8a16-g64" => Self::W8 { group: Some(64) },
-            "w8a16-g128" => Self::W8 { group: Some(128) },
-            _ => return Err(WeightsError::Format { text: text.into() }),
-        })
+        let named = |format: &Self| format.to_string() == text;
+        let short = (text == "w4a16").then_some(Self::W4 { group: 32 });
+        let format = short.or_else(|| Self::ALL.into_iter().find(named));
+        format.ok_or_else(|| WeightsError::Format { text: text.into() })
     }
 }
 
@@ -64,32 +70,53 @@ impl fmt::Display for WeightFormat {
             Self::F16 => f.pad("f16"),
             Self::W8 { group: None } => f.pad("w8a16"),
             Self::W8 { group: Some(group) } => f.pad(&format!("w8a16-g{group}")),
+            Self::W4 { group } => f.pad(&format!("w4a16-g{group}")),
         }
     }
 }
 
 impl WeightFormat {
-    /// Bytes of one weight.
-    pub fn element_bytes(&self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 => 2,
-            Self::W8 { .. } => 1,
-        }
-    }
+    /// Every format, from the widest to the narrowest.
+    pub const ALL: [Self; 9] = [
+        Self::F32,
+        Self::F16,
+        Self::W8 { group: Some(32) },
+        Self::W8 { group: Some(64) },
+        Self::W8 { group: Some(128) },
+        Self::W8 { group: None },
+        Self::W4 { group: 32 },
+        Self::W4 { group: 64 },
+        Self::W4 { group: 128 },
+    ];
 
-    /// Bits of one weight.
+    /// Bits of one weight, without its share of a scale.
     pub fn bits(&self) -> usize {
         match self {
             Self::F32 => 32,
             Self::F16 => 16,
             Self::W8 { .. } => 8,
+            Self::W4 { .. } => 4,
+        }
+    }
+
+    /// Whether weights are integers with scales.
+    pub fn is_quantized(&self) -> bool {
+        matches!(self, Self::W8 { .. } | Self::W4 { .. })
+    }
+
+    /// Elements of a checkpoint whose bytes are packed in this way.
+    pub fn source_dtype(&self) -> SourceDtype {
+        match self {
+            Self::F32 => SourceDtype::F32,
+            Self::F16 => SourceDtype::F16,
+            Self::W8 { .. } => SourceDtype::I8,
+            Self::W4 { .. } => SourceDtype::I4,
         }
     }
 
     /// Bytes of one packed row, padding included, scales excluded.
     pub fn bytes_per_row(&self, cols: usize) -> usize {
-        padded(cols) * self.element_bytes()
+        self.source_dtype().row_bytes(padded(cols))
     }
 
     /// Scales of one row: 0 for floats, 1 per output channel, or one per started group.
@@ -97,7 +124,7 @@ impl WeightFormat {
         match self {
             Self::F32 | Self::F16 => 0,
             Self::W8 { group: None } => 1,
-            Self::W8 { group: Some(group) } => cols.div_ceil(*group),
+            Self::W8 { group: Some(group) } | Self::W4 { group } => cols.div_ceil(*group),
         }
     }
 
@@ -132,18 +159,28 @@ impl WeightFormat {
     /// Unpacks one row, as the CPU twins of the kernels see it. Returns `[cols]`.
     ///
     /// # Panics
-    /// Where the slices are shorter than `bytes_per_row(cols)` and `scales_per_row(cols)`.
+    /// Where the slices are shorter than the columns, without padding, and their scales.
     pub fn decode_row(&self, weights_row: &[u8], scales_row: &[f32], cols: usize) -> Vec<f32> {
-        let bytes = &weights_row[..cols * self.element_bytes()];
+        let bytes = &weights_row[..self.source_dtype().row_bytes(cols)];
+        let scales = &scales_row[..self.scales_per_row(cols)];
         match self {
             Self::F32 => bytes.as_chunks().0.iter().map(|&e| f32::from_le_bytes(e)).collect(),
             Self::F16 => {
                 bytes.as_chunks().0.iter().map(|&e| f16::from_le_bytes(e).to_f32()).collect()
             }
             Self::W8 { group } => {
-                let group = group.unwrap_or(cols).max(1);
-                let groups = bytes.chunks(group).zip(&scales_row[..self.scales_per_row(cols)]);
+                let groups = bytes.chunks(group.unwrap_or(cols).max(1)).zip(scales);
                 groups.flat_map(|(q, &s)| q.iter().map(move |&q| f32::from(q as i8) * s)).collect()
+            }
+            Self::W4 { group } => {
+                let mut row = Vec::with_capacity(padded(cols));
+                for (bytes, &scale) in bytes.chunks(group / 2).zip(scales) {
+                    for &word in bytes.as_chunks().0 {
+                        row.extend(unpack_int4(word).map(|q| q * scale));
+                    }
+                }
+                row.truncate(cols);
+                row
             }
         }
     }
@@ -226,7 +263,13 @@ impl<F: Fn(usize, &mut [f32]) + Sync> Task<'_, F> {
                     let group = group.unwrap_or(self.cols).max(1);
                     let groups = values.chunks(group).zip(weights.chunks_mut(group));
                     for ((values, weights), scale) in groups.zip(scales) {
-                        *scale = encode_w8(values, weights);
+                        *scale = pack_int8(values, weights);
+                    }
+                }
+                WeightFormat::W4 { group } => {
+                    let groups = values.chunks(group).zip(weights.chunks_mut(group / 2));
+                    for ((values, weights), scale) in groups.zip(scales) {
+                        *scale = pack_int4(values, weights);
                     }
                 }
             }
@@ -259,46 +302,11 @@ fn encode_f16(values: &[f32], out: &mut [u8]) {
     }
 }
 
-/// Largest magnitude; a NaN counts as the largest of all. Magnitudes are ordered like their bits,
-/// and unlike a maximum of floats, one of integers is vectorised.
-fn absmax(values: &[f32]) -> f32 {
-    let bits = values.iter().map(|value| value.abs().to_bits());
-    f32::from_bits(bits.fold(0, u32::max))
-}
-
-/// Largest scale whose 127-fold is finite: f32::MAX / 127 itself is rounded up.
-const MAX_SCALE: f32 = (f32::MAX / 127.0).next_down();
-
-/// Symmetric int8 of one group; returns its scale, absmax / 127. `values`: `[n]`, `out`: `[>= n]`.
-///
-/// A scale below the smallest normal number is taken for 0, since devices may flush it.
-fn encode_w8(values: &[f32], out: &mut [u8]) -> f32 {
-    let scale = (absmax(values) / 127.0).min(MAX_SCALE);
-    if scale < f32::MIN_POSITIVE {
-        return 0.0;
-    }
-    for (value, out) in values.iter().zip(out) {
-        let quotient = (value / scale).clamp(-127.0, 127.0);
-        // Half away from zero; `f32::round` is a library call on plain x86-64.
-        let whole = quotient as i32;
-        let rest = quotient - whole as f32;
-        *out = (whole + i32::from(rest >= 0.5) - i32::from(rest <= -0.5)) as i8 as u8;
-    }
-    scale
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const FORMATS: [WeightFormat; 6] = [
-        WeightFormat::F32,
-        WeightFormat::F16,
-        WeightFormat::W8 { group: None },
-        WeightFormat::W8 { group: Some(32) },
-        WeightFormat::W8 { group: Some(64) },
-        WeightFormat::W8 { group: Some(128) },
-    ];
+    const FORMATS: [WeightFormat; 9] = WeightFormat::ALL;
 
     /// Uneven values with an outlier in every eleventh column and a row of zeros.
     fn value(row: usize, col: usize) -> f32 {
@@ -323,8 +331,9 @@ mod tests {
         for format in FORMATS {
             assert_eq!(format.to_string().parse::<WeightFormat>().unwrap(), format);
         }
-        assert_eq!(FORMATS[4].to_string(), "w8a16-g64");
-        for text in ["", "F32", "w8a16-g", "w8a16-g48", "w8a16-g0", "w4a16"] {
+        assert_eq!(WeightFormat::W8 { group: Some(64) }.to_string(), "w8a16-g64");
+        assert_eq!("w4a16".parse::<WeightFormat>().unwrap().to_string(), "w4a16-g32");
+        for text in ["", "F32", "w8a16-g", "w8a16-g48", "w8a16-g0", "w4a16-g", "w4a8"] {
             let error = text.parse::<WeightFormat>().unwrap_err().to_string();
             assert!(error.contains(&format!("{text:?}")) && error.contains("w8a16-g32"));
         }
@@ -333,8 +342,8 @@ mod tests {
     #[test]
     fn sizes_of_odd_widths() {
         assert_eq!([0, 1, 24, 32, 33, 100].map(padded), [0, 32, 32, 32, 64, 128]);
-        assert_eq!(FORMATS.map(|f| f.bytes_per_row(33)), [256, 128, 64, 64, 64, 64]);
-        assert_eq!(FORMATS.map(|f| f.scales_per_row(100)), [0, 0, 1, 4, 2, 1]);
+        assert_eq!(FORMATS.map(|f| f.bytes_per_row(33)), [256, 128, 64, 64, 64, 64, 32, 32, 32]);
+        assert_eq!(FORMATS.map(|f| f.scales_per_row(100)), [0, 0, 4, 2, 1, 1, 4, 2, 1]);
         for cols in 1..300 {
             for group in [32, 64, 128] {
                 // No padded column lies in a group without a scale.
@@ -361,6 +370,8 @@ mod tests {
                             WeightFormat::W8 { group } => {
                                 scales[col / group.unwrap_or(cols)] * 0.500_01
                             }
+                            // The positive end of the range is one step short.
+                            WeightFormat::W4 { group } => scales[col / group].abs() * 1.000_01,
                         };
                         let error = (got - exact).abs();
                         assert!(
@@ -378,9 +389,11 @@ mod tests {
         for format in FORMATS {
             for cols in [24, 33, 100] {
                 let encoded = format.encode("w", 3, cols, fill).unwrap();
-                let used = cols * format.element_bytes();
-                for row in encoded.weights.chunks(format.bytes_per_row(cols)) {
-                    assert!(row[used..].iter().all(|&byte| byte == 0));
+                let row_scales = format.scales_per_row(cols);
+                for (i, row) in encoded.weights.chunks(format.bytes_per_row(cols)).enumerate() {
+                    let scales = &encoded.scales[i * row_scales..][..row_scales];
+                    let all = format.decode_row(row, scales, padded(cols));
+                    assert!(all[cols..].iter().all(|&value| value == 0.0));
                     assert!(row.len() % 16 == 0);
                 }
                 let scales = format.scales_per_row(cols);
@@ -388,17 +401,6 @@ mod tests {
                 assert!(decode(format, &encoded, 1, cols).iter().all(|&value| value == 0.0));
             }
         }
-    }
-
-    #[test]
-    fn int8_rounds_half_away_from_zero_and_fills_its_range() {
-        let values = [127.0, 0.5, -0.5, 1.5, -2.5, 0.499_999_97, -127.0, 126.5];
-        let format = WeightFormat::W8 { group: None };
-        let copy = |_: usize, out: &mut [f32]| out.copy_from_slice(&values);
-        let encoded = format.encode("w", 1, values.len(), copy).unwrap();
-        assert_eq!(encoded.scales, [1.0]);
-        let q: Vec<i8> = encoded.weights[..8].iter().map(|&byte| byte as i8).collect();
-        assert_eq!(q, [127, 1, -1, 2, -3, 0, -127, 127]);
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod files;
 mod format;
 #[cfg(all(feature = "hub", not(target_arch = "wasm32")))]
 pub mod hub;
+mod integers;
 mod safetensors;
 mod source;
 
@@ -147,8 +148,8 @@ pub enum WeightsError {
     /// A tensor of a dtype that no kernel takes.
     #[error(
         "tensor {name:?} in {file:?} has dtype {dtype}, but weights must be F32, F16, BF16, or I8 \
-         with a tensor {name}_scale beside; use a checkpoint that is not quantised, or quantise \
-         one with `moewe quantize`"
+         or U8 (pairs of int4) with a tensor {name}_scale beside; use a checkpoint that is not \
+         quantised, or quantise one with `moewe quantize`"
     )]
     Dtype {
         /// The tensor.
@@ -160,8 +161,8 @@ pub enum WeightsError {
     },
     /// Scales whose count fits no way of sharing them.
     #[error(
-        "int8 tensor {name:?} of shape {shape:?} has {n_scales} scales, but it takes one per row \
-         or one per 32, 64 or 128 columns; quantise the model again"
+        "quantised tensor {name:?} of shape {shape:?} has {n_scales} scales, but it takes one per \
+         32, 64 or 128 columns, or one per row of int8; quantise the model again"
     )]
     Scales {
         /// The tensor.
@@ -210,7 +211,10 @@ pub enum WeightsError {
         value: f32,
     },
     /// The text of a weight format that does not exist.
-    #[error("{text:?} is no weight format; use f32, f16, w8a16, or w8a16-g32, -g64, -g128")]
+    #[error(
+        "{text:?} is no weight format; use f32, f16, w8a16, or w8a16-g32, -g64, -g128, or \
+         w4a16-g32, -g64, -g128"
+    )]
     Format {
         /// What was given.
         text: String,

@@ -103,6 +103,8 @@ impl Header {
             Dtype::F16 => Ok(SourceDtype::F16),
             Dtype::BF16 => Ok(SourceDtype::BF16),
             Dtype::I8 => Ok(SourceDtype::I8),
+            // There is no name for int4; what fills bytes with anything else has other scales.
+            Dtype::U8 => Ok(SourceDtype::I4),
             _ => Err(self.wrong_dtype(name, entry)),
         }
     }

@@ -7,7 +7,7 @@ use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
 use half::{f16, slice::HalfFloatSliceExt};
 
-use super::{WeightFormat, WeightsError};
+use super::{WeightFormat, WeightsError, integers::unpack_int4};
 
 /// Named tensors of one checkpoint.
 pub trait Source: Send + Sync {
@@ -36,16 +36,28 @@ pub enum SourceDtype {
     BF16,
     /// Integers that count as they are until [`SourceTensor::with_scales`] scales them.
     I8,
+    /// The same in four bits, packed as in [`WeightFormat::W4`].
+    I4,
 }
 
 impl SourceDtype {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
+    /// Bytes of a row: whole words of eight elements for int4.
+    pub fn row_bytes(self, cols: usize) -> usize {
         match self {
-            Self::F32 => 4,
-            Self::F16 | Self::BF16 => 2,
-            Self::I8 => 1,
+            Self::F32 => cols * 4,
+            Self::F16 | Self::BF16 => cols * 2,
+            Self::I8 => cols,
+            Self::I4 => cols.div_ceil(8) * 4,
         }
+    }
+
+    /// Shape that a file gives to a tensor of `shape`: bytes where it knows no such elements.
+    pub(crate) fn stored_shape(self, shape: &[usize]) -> Vec<usize> {
+        let mut stored = shape.to_vec();
+        if let (Self::I4, Some(cols)) = (self, stored.last_mut()) {
+            *cols = self.row_bytes(*cols);
+        }
+        stored
     }
 }
 
@@ -55,8 +67,8 @@ pub struct SourceTensor<'a> {
     name: String,
     dtype: SourceDtype,
     shape: Vec<usize>,
-    bytes: Cow<'a, [u8]>, // [shape...] x dtype.size()
-    /// Of int8 values: one per row, or one per group of columns; empty without. `[rows, n]`
+    bytes: Cow<'a, [u8]>, // [rows, dtype.row_bytes(cols)]
+    /// Of integers: one per row, or one per group of columns; empty without. `[rows, n]`
     scales: Vec<f32>,
 }
 
@@ -64,7 +76,7 @@ impl<'a> SourceTensor<'a> {
     /// A tensor over `bytes`, borrowed (a mapped file) or owned.
     ///
     /// # Errors
-    /// [`WeightsError::Bytes`] unless there are exactly product(shape) x dtype.size() bytes.
+    /// [`WeightsError::Bytes`] unless there are exactly the bytes of all rows.
     pub fn new(
         name: impl Into<String>,
         dtype: SourceDtype,
@@ -78,8 +90,8 @@ impl<'a> SourceTensor<'a> {
         Ok(Self { name, dtype, shape, bytes, scales: Vec::new() })
     }
 
-    /// The same int8 values times `scales` `[rows, n]`, n being 1 or the number of groups of 32,
-    /// 64 or 128 columns.
+    /// The same integers times `scales` `[rows, n]`, n being the number of groups of 32, 64 or 128
+    /// columns, or 1 for int8.
     ///
     /// # Errors
     /// [`WeightsError::Scales`] for another number of them, [`WeightsError::NonFinite`].
@@ -91,29 +103,29 @@ impl<'a> SourceTensor<'a> {
         }
         let (n_scales, name) = (scales.len(), self.name.clone());
         let scaled = Self { scales, ..self };
-        if scaled.int8_format().is_none() {
+        if scaled.quantized_format().is_none() {
             return Err(WeightsError::Scales { name, shape: scaled.shape, n_scales });
         }
         Ok(scaled)
     }
 
-    /// How its int8 values are scaled; `None` where it holds floats or has no scales.
-    pub fn int8_format(&self) -> Option<WeightFormat> {
-        let formats = [None, Some(32), Some(64), Some(128)].map(|group| WeightFormat::W8 { group });
+    /// How its integers are packed and scaled; `None` where it holds floats or has no scales.
+    pub fn quantized_format(&self) -> Option<WeightFormat> {
         let n = |format: &WeightFormat| self.rows() * format.scales_per_row(self.cols());
-        let fits = |format: &WeightFormat| n(format) == self.scales.len();
-        let scaled = self.dtype == SourceDtype::I8 && !self.scales.is_empty();
-        formats.into_iter().find(|format| scaled && fits(format))
+        let fits = |format: &WeightFormat| {
+            format.source_dtype() == self.dtype && n(format) == self.scales.len()
+        };
+        // Of ways that come to the same, the last: one scale per row.
+        WeightFormat::ALL.into_iter().rfind(|f| !self.scales.is_empty() && fits(f))
     }
 
-    /// One row of int8 values `[cols]` and its scales, none where it has none.
+    /// One row of integers as they are packed, and its scales, none where it has none.
     ///
     /// # Panics
-    /// Where `row >= rows()`, or the tensor holds floats.
-    pub fn int8_row(&self, row: usize) -> (&[u8], &[f32]) {
-        assert_eq!(self.dtype, SourceDtype::I8, "{:?} holds int8", self.name);
-        let n = self.scales.len() / self.rows();
-        (&self.bytes[row * self.cols()..][..self.cols()], &self.scales[row * n..][..n])
+    /// Where `row >= rows()`.
+    pub fn packed_row(&self, row: usize) -> (&[u8], &[f32]) {
+        let (n_bytes, n) = (self.dtype.row_bytes(self.cols()), self.scales.len() / self.rows());
+        (&self.bytes[row * n_bytes..][..n_bytes], &self.scales[row * n..][..n])
     }
 
     /// Name in the checkpoint.
@@ -153,40 +165,41 @@ impl<'a> SourceTensor<'a> {
     pub fn row_into(&self, row: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols(), "out holds one row of {:?}", self.name);
         assert!(row < self.rows(), "row {row} of {:?} with {} rows", self.name, self.rows());
-        if let Some(format) = self.int8_format() {
-            let (bytes, scales) = self.int8_row(row);
-            return out.copy_from_slice(&format.decode_row(bytes, scales, self.cols()));
+        let (bytes, scales) = self.packed_row(row);
+        match self.quantized_format() {
+            Some(format) => out.copy_from_slice(&format.decode_row(bytes, scales, self.cols())),
+            None => convert(self.dtype, bytes, out),
         }
-        let row_bytes = self.cols() * self.dtype.size();
-        convert(self.dtype, &self.bytes[row * row_bytes..][..row_bytes], out);
     }
 
     /// The whole tensor as f32. Returns `[rows, cols]`.
     pub fn to_f32(&self) -> Vec<f32> {
-        let mut out = vec![0.0; self.bytes.len() / self.dtype.size()];
-        if self.scales.is_empty() {
-            convert(self.dtype, &self.bytes, &mut out);
-        } else {
-            let rows = out.chunks_mut(self.cols()).enumerate();
-            rows.for_each(|(row, out)| self.row_into(row, out));
-        }
+        let mut out = vec![0.0; self.shape.iter().product()];
+        let rows = out.chunks_mut(self.cols().max(1)).enumerate();
+        rows.for_each(|(row, out)| self.row_into(row, out));
         out
     }
 }
 
-/// Product(shape) x size of `dtype`, or `None` where that overflows. A zero anywhere is no excuse
-/// for an overflow elsewhere: `rows()` multiplies the leading dimensions alone.
+/// Bytes of a tensor, or `None` where they overflow. A zero anywhere is no excuse for an overflow
+/// elsewhere: `rows()` multiplies the leading dimensions alone. The widest element bounds all.
 pub(super) fn n_bytes(shape: &[usize], dtype: SourceDtype) -> Option<usize> {
-    shape.iter().filter(|&&dim| dim != 0).try_fold(dtype.size(), |n, &dim| n.checked_mul(dim))?;
-    Some(shape.iter().product::<usize>() * dtype.size())
+    shape.iter().filter(|&&dim| dim != 0).try_fold(4usize, |n, &dim| n.checked_mul(dim))?;
+    let (&cols, leading) = shape.split_last().unwrap_or((&1, &[]));
+    Some(leading.iter().product::<usize>() * dtype.row_bytes(cols))
 }
 
-/// Little-endian elements at any alignment to f32, exactly. `bytes.len() == out.len() * size`.
+/// Little-endian elements of a row at any alignment to f32, exactly.
 fn convert(dtype: SourceDtype, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         SourceDtype::I8 => {
             for (&element, out) in bytes.iter().zip(out) {
                 *out = f32::from(element as i8);
+            }
+        }
+        SourceDtype::I4 => {
+            for (&word, out) in bytes.as_chunks().0.iter().zip(out.chunks_mut(8)) {
+                out.copy_from_slice(&unpack_int4(word)[..out.len()]);
             }
         }
         SourceDtype::F32 => {
@@ -267,7 +280,7 @@ impl Source for MemorySource {
     }
 }
 
-/// What the scales of an int8 tensor are called.
+/// What the scales of a quantised tensor are called.
 pub fn scale_name(name: &str) -> String {
     format!("{name}_scale")
 }
@@ -330,7 +343,7 @@ mod tests {
                 SourceDtype::F32 => bytes.extend(value.to_le_bytes()),
                 SourceDtype::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
                 SourceDtype::BF16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
-                SourceDtype::I8 => bytes.push(value as i8 as u8),
+                SourceDtype::I8 | SourceDtype::I4 => bytes.push(value as i8 as u8),
             }
         }
         bytes
@@ -344,7 +357,7 @@ mod tests {
                 SourceDtype::F32 => value,
                 SourceDtype::F16 => f16::from_f32(value).to_f32(),
                 SourceDtype::BF16 => bf16::from_f32(value).to_f32(),
-                SourceDtype::I8 => f32::from(value as i8),
+                SourceDtype::I8 | SourceDtype::I4 => f32::from(value as i8),
             });
             let bytes = unaligned(dtype);
             let tensor = SourceTensor::new("t", dtype, &[2, 3], &bytes[1..]).unwrap();
@@ -378,20 +391,39 @@ mod tests {
     fn int8_values_are_scaled_by_row_or_group() {
         let bytes: Vec<u8> = (0..2 * 40).map(|i| i as u8).collect();
         let int8 = || SourceTensor::new("w", SourceDtype::I8, &[2, 40], bytes.clone()).unwrap();
-        assert_eq!((int8().int8_format(), int8().to_f32()[41]), (None, 41.0));
+        assert_eq!((int8().quantized_format(), int8().to_f32()[41]), (None, 41.0));
         let rows = int8().with_scales(vec![1.0, 0.5]).unwrap();
-        assert_eq!(rows.int8_format(), Some(WeightFormat::W8 { group: None }));
+        assert_eq!(rows.quantized_format(), Some(WeightFormat::W8 { group: None }));
         assert_eq!(rows.to_f32()[39..41], [39.0, 20.0]);
         let groups = int8().with_scales(vec![1.0, 2.0, 3.0, 4.0]).unwrap();
-        assert_eq!(groups.int8_format(), Some(WeightFormat::W8 { group: Some(32) }));
+        assert_eq!(groups.quantized_format(), Some(WeightFormat::W8 { group: Some(32) }));
         let mut row = [0.0; 40];
         groups.row_into(1, &mut row);
         assert_eq!((row[31], row[32]), (71.0 * 3.0, 72.0 * 4.0));
-        assert_eq!(groups.int8_row(1), (&bytes[40..], &[3.0, 4.0][..]));
+        assert_eq!(groups.packed_row(1), (&bytes[40..], &[3.0, 4.0][..]));
         let error = int8().with_scales(vec![1.0; 5]).unwrap_err().to_string();
         assert!(error.contains("\"w\"") && error.contains("5 scales"), "{error}");
         let error = int8().with_scales(vec![1.0, f32::NAN]).unwrap_err().to_string();
         assert!(error.contains("\"w_scale\"") && error.contains("row 1"), "{error}");
+    }
+
+    #[test]
+    fn int4_values_are_scaled_by_group_and_rows_end_with_a_word() {
+        // 35 columns are five words, of the last of which three columns count.
+        let bytes: Vec<u8> = (0..2 * 20).map(|i| i * 5).collect();
+        let int4 = || SourceTensor::new("w", SourceDtype::I4, &[2, 35], bytes.clone()).unwrap();
+        let plain = int4().to_f32();
+        assert_eq!((int4().quantized_format(), plain.len()), (None, 70));
+        // Bytes 20.. begin with 0x64, 0x69, 0x6e, 0x73; the first row's last word is 80, 85, 90.
+        assert_eq!(plain[35..43], [4.0, -7.0, -2.0, 3.0, 6.0, 6.0, 6.0, 7.0]);
+        assert_eq!(plain[32..35], [0.0, 5.0, -6.0]);
+        let groups = int4().with_scales(vec![1.0, 2.0, -0.5, 4.0]).unwrap();
+        assert_eq!(groups.quantized_format(), Some(WeightFormat::W4 { group: 32 }));
+        let scales = [[1.0; 32].as_slice(), &[2.0; 3], &[-0.5; 32], &[4.0; 3]].concat();
+        let expected: Vec<f32> = plain.iter().zip(scales).map(|(q, scale)| q * scale).collect();
+        assert_eq!(groups.to_f32(), expected);
+        let error = int4().with_scales(vec![1.0; 6]).unwrap_err().to_string();
+        assert!(error.contains("\"w\"") && error.contains("6 scales"), "{error}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use moewe::{
     model::Limits,
 };
 
-use crate::cli::options::{ModelArgs, Weights};
+use crate::cli::options::ModelArgs;
 
 #[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
 pub(super) enum Output {
@@ -65,7 +65,7 @@ impl Subject {
         longest: usize,
         workload: &Workload,
     ) -> anyhow::Result<Runner> {
-        let options = self.model.options(Weights::W8a16)?;
+        let options = self.model.options(None)?;
         let max_tokens = max_tokens.unwrap_or(options.max_num_batched_tokens.max(2048));
         let Some(name) = &self.shape else {
             let options = LlmOptions {
@@ -105,7 +105,7 @@ impl Subject {
             batches: vec![max_num_seqs],
             repetitions: 1,
         };
-        let options = self.model.options(Weights::W8a16)?;
+        let options = self.model.options(None)?;
         let max_tokens = Some(options.max_num_batched_tokens);
         let runner = self.runner(max_num_seqs, max_tokens, longest, &workload)?;
         let config = options.engine;
