@@ -27,7 +27,8 @@ struct Params {
 @group(0) @binding(7) var<storage, read_write> ids: array<u32>;            // [n_rows]
 
 const THREADS: u32 = 256u;
-const LOADS: u32 = 16u;               // vec4s of logits that a thread has under way
+override LOADS: u32 = 1u;             // vec4s of logits that a thread has under way
+const MOST_LOADS: u32 = 16u;
 const GROUPS: u32 = 16u;              // threads of the first half of a reduction
 const LOWEST: f32 = -3.4028234e38;    // stands for a token that cannot be chosen
 const LIMIT: f32 = 3e38;              // logits are clamped to +-LIMIT, penalised ones too
@@ -158,7 +159,7 @@ fn penalised(logit: f32, id: u32, s: SamplingRow) -> f32 {
 fn prepare(base: u32, lid: u32, s: SamplingRow, greedy: bool) -> Tally {
     var tally = Tally(LOWEST, LOWEST, NO_ID, 0u);
     for (var first = lid; first * 4u < p.n_vocab; first += LOADS * THREADS) {
-        var loaded: array<vec4<f32>, LOADS>;
+        var loaded: array<vec4<f32>, MOST_LOADS>;
         for (var j = 0u; j < LOADS; j++) {
             loaded[j] = logits[base + min(first + j * THREADS, p.stride4 - 1u)];
         }

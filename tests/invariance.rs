@@ -98,7 +98,12 @@ fn experts_one_after_another_give_what_all_at_once_do() {
     for (device, weights) in [(GPU, F32), (GPU, W8), (DeviceChoice::Cpu, F32)] {
         let open = |moe_block_align| {
             llm(|o| {
-                *o = LlmOptions { device: device.clone(), weights, moe_block_align, ..o.clone() }
+                *o = LlmOptions {
+                    device: device.clone(),
+                    weights: Some(weights),
+                    moe_block_align,
+                    ..o.clone()
+                }
             })
         };
         let (mut together, mut looped) = (open(true), open(false));

@@ -20,6 +20,9 @@ override SUBLANES: u32 = 8u;
 // hides the latency of a GPU's memory but makes long code. 0: as many as the parameters say.
 override CHUNKS: u32 = 0u;
 
+// Whether code is kept short: a CPU's driver takes seconds to compile loops that it unrolls.
+override SHORT: bool = false;
+
 // Whether squares of activations are summed, too.
 override NORM: bool = false;
 
@@ -49,7 +52,7 @@ fn add_vec4(w: Quad, u: Quad, i: u32, x_row: u32, n_live: u32, c: u32) {
         }
         return;
     }
-    for (var t = 0u; t < TOKENS; t++) {
+    for (var t = 0u; t < select(TOKENS, n_live, SHORT); t++) {
         let x = activation(t, x_row + min(t, n_live - 1u), col4);
         dots[t * SETS] += w.scale * (x * rows);
         if (SETS == 2u) {

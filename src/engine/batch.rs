@@ -175,8 +175,8 @@ impl Layout {
 /// more above 64.
 fn bucket(n: usize) -> usize {
     match n {
-        0..=8 => n,
-        9..=64 => n.next_multiple_of(8),
+        0..=16 => n,
+        17..=64 => n.next_multiple_of(8),
         _ => n.next_multiple_of((n.next_power_of_two() / 16).max(8)),
     }
 }

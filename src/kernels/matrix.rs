@@ -129,6 +129,7 @@ impl RowShare {
             .set("SHARE", self.share)
             .set("SUBLANES", sublanes)
             .set("CHUNKS", self.chunks)
+            .set("SHORT", caps.software)
     }
 }
 
