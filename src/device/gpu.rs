@@ -29,7 +29,12 @@ pub struct Gpu {
 const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16
     .union(wgpu::Features::SUBGROUP)
     .union(wgpu::Features::TIMESTAMP_QUERY)
-    .union(wgpu::Features::PIPELINE_CACHE);
+    .union(wgpu::Features::PIPELINE_CACHE)
+    .union(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
+
+/// What only buffers of the host's memory are used for.
+const ON_HOST: wgpu::BufferUsages =
+    wgpu::BufferUsages::MAP_READ.union(wgpu::BufferUsages::MAP_WRITE);
 
 pub(super) fn caps_of(adapter: &wgpu::Adapter) -> Caps {
     let (features, limits, info) = (adapter.features(), adapter.limits(), adapter.get_info());
@@ -211,17 +216,21 @@ impl Gpu {
         BufferId(id as u32)
     }
 
-    /// A buffer of the host's memory with these bytes. Written once, while it is mapped; copies out
-    /// of it need no staging and no work of the host.
+    /// A buffer of the host's memory with these bytes. Written once; copies out of it need no
+    /// staging and no work of the host.
     pub(super) fn keep_on_host(
         &mut self,
         what: &str,
         bytes: &[u8],
     ) -> Result<BufferId, DeviceError> {
+        // What the host only writes, wgpu's allocator puts into the card's own memory where the
+        // host reaches all of that; what the host can read stays with the host.
+        let free = self.device.features().contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
+        let map = if free { wgpu::BufferUsages::MAP_READ } else { wgpu::BufferUsages::MAP_WRITE };
         let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some(what),
             size: bytes.len() as u64,
-            usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+            usage: map | wgpu::BufferUsages::COPY_SRC,
             mapped_at_creation: true,
         });
         let out_of_memory = DeviceError::OutOfMemory { bytes: bytes.len() as u64 };
@@ -232,6 +241,8 @@ impl Gpu {
         view.copy_from_slice(bytes);
         drop(view);
         buffer.unmap();
+        // Bytes may have been staged; without a submission that memory would pile up.
+        self.queue.submit([]);
         self.check().map_err(|error| match error {
             DeviceError::OutOfMemory { .. } => out_of_memory,
             other => other,
@@ -255,7 +266,7 @@ impl Gpu {
 
     pub(super) fn free(&mut self, id: BufferId) {
         if let Some(buffer) = self.buffers[id.0 as usize].take() {
-            if !buffer.usage().contains(wgpu::BufferUsages::MAP_WRITE) {
+            if !buffer.usage().intersects(ON_HOST) {
                 self.bytes -= buffer.size();
             }
             buffer.destroy();
