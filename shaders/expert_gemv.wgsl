@@ -30,6 +30,7 @@ struct Params {
 // out += weighted sum over slots, else silu(gate) * up per slot, which needs two sets. If SHARE is
 // larger than LANES, groups of LANES threads share out the slots of a token instead of the rows.
 override COMBINE: bool = false;
+override PAIR: bool = false;  // eight output features if COMBINE: the second set is the next four
 
 fn activation(t: u32, row: u32, col4: u32) -> vec4<f32> {
     return act_load(x[row * p.x_stride4 + col4]);
@@ -58,26 +59,36 @@ fn gated(slot: u32, row: u32, live: bool, lid: u32) {
 
 fn combine(token: u32, row: u32, live: bool, lid: u32) {
     var sum = vec4(0.0);
+    var next = vec4(0.0);  // of the next four rows
     let first = token * p.top_k + lid % SHARE / LANES;
     for (var slot = first; slot < (token + 1u) * p.top_k; slot += SHARE / LANES) {
         let expert = bank_expert(slot);
         if (expert >= 0) {
             let expert_row = u32(expert) * p.n_rows + row;
-            dot_rows(expert_row, expert_row, slot, 1u, lid % LANES);
+            dot_rows(expert_row, expert_row + 4u, slot, 1u, lid % LANES);
             sum += routed[slot] * dots[0];
+            if (PAIR) {
+                next += routed[slot] * dots[1];
+            }
         }
     }
     dots[0] = sum;
+    if (PAIR) {
+        dots[1] = next;
+    }
     sum_dots(lid);
     if (live && lid % SHARE == 0u) {
         let at = token * p.out_stride4 + row / 4u;
         out[at] = out_store(out_load(out[at]) + dots_of(0u, 0u, lid));
+        if (PAIR) {
+            out[at + 1u] = out_store(out_load(out[at + 1u]) + dots_of(0u, 1u, lid));
+        }
     }
 }
 
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-    let row = (group.x * (THREADS / SHARE) + lid / SHARE) * 4u;
+    let row = (group.x * (THREADS / SHARE) + lid / SHARE) * select(4u, 8u, PAIR);
     let live = row < p.n_rows;
     let read_row = select(0u, row, live);
     if (COMBINE) {

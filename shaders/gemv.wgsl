@@ -1,5 +1,5 @@
 // Products of one weight matrix with few rows of activations. A group of LANES threads computes
-// four output features for TOKENS activation rows and reads each weight once.
+// four output features, or eight if PAIR, for TOKENS activation rows and reads each weight once.
 #include "include/act_{act}.wgsl"
 #include "include/out_{out}.wgsl"
 #include "include/sum_{sum}.wgsl"
@@ -31,6 +31,7 @@ struct Params {
 override BIAS: bool = false;
 override ADD: bool = false;    // out += product, else out = product
 override GATED: bool = false;  // out = silu(first half) * second half; needs two sets
+override PAIR: bool = false;   // the second set is the next four rows
 
 // Normalised but for the factor of the whole row, which comes last.
 fn activation(t: u32, row: u32, col4: u32) -> vec4<f32> {
@@ -42,35 +43,47 @@ fn activation(t: u32, row: u32, col4: u32) -> vec4<f32> {
     return v * gain[col4];
 }
 
+fn biased(row: u32, sum: vec4<f32>) -> vec4<f32> {
+    if (BIAS) {
+        return sum + bias[row / 4u];
+    }
+    return sum;
+}
+
+fn store(token: u32, row: u32, value: vec4<f32>) {
+    var y = value;
+    let at = token * p.out_stride4 + p.out_col4 + row / 4u;
+    if (ADD) {
+        y += out_load(out[at]);
+    }
+    out[at] = out_store(y);
+}
+
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
     let lane = lid % LANES;
-    let row = ((group.x + group.y * p.grid_x) * (THREADS / LANES) + lid / LANES) * 4u;
+    let rows = select(4u, 8u, PAIR);
+    let row = ((group.x + group.y * p.grid_x) * (THREADS / LANES) + lid / LANES) * rows;
     let live = row < p.n_rows;
     let read_row = select(0u, row, live);
     let token = group.z * TOKENS;
     let n_live = min(TOKENS, p.n_tokens - token);
-    dot_rows(read_row, p.n_rows + read_row, token, n_live, lane);
+    dot_rows(read_row, select(p.n_rows, 4u, PAIR) + read_row, token, n_live, lane);
     sum_dots(lid);
     for (var t = 0u; t < TOKENS; t++) {
         if (live && lane == t % LANES && t < n_live) {
-            var y = dots_of(t, 0u, lid);
             var scale = 1.0;
             if (NORM) {
                 scale = inverseSqrt(squares_of(t, lid) / f32(p.norm_cols) + p.eps);
-                y *= scale;
             }
-            if (BIAS) {
-                y += bias[row / 4u];
-            }
+            var y = biased(row, dots_of(t, 0u, lid) * scale);
             if (GATED) {
                 y = y / (1.0 + exp(-y)) * (dots_of(t, 1u, lid) * scale);
             }
-            let at = (token + t) * p.out_stride4 + p.out_col4 + row / 4u;
-            if (ADD) {
-                y += out_load(out[at]);
+            store(token + t, row, y);
+            if (PAIR) {
+                store(token + t, row + 4u, biased(row + 4u, dots_of(t, 1u, lid) * scale));
             }
-            out[at] = out_store(y);
         }
     }
 }

@@ -77,13 +77,16 @@ impl Kernel for ExpertGemv {
                 RowShare::of(caps, &self.bank, n_quads, 2)
             }
         };
+        // On a CPU, loads of activations cost as much as products: eight rows share them.
+        let pair = caps.software && combine;
         let shader = self
             .bank
             .shader(share.shader(Shader::new(Self::NAME), caps))
             .slot("act", float_slot(self.x.dtype, caps))
             .slot("out", float_slot(self.out.dtype, caps))
-            .set("SETS", if combine { 1u32 } else { 2 })
-            .set("COMBINE", combine);
+            .set("SETS", if combine && !pair { 1u32 } else { 2 })
+            .set("COMBINE", combine)
+            .set("PAIR", pair);
         Launch {
             shader,
             params: ExpertGemvParams {
@@ -104,7 +107,7 @@ impl Kernel for ExpertGemv {
                 Binding::read(self.weights.unwrap_or(self.bank.weights)),
                 Binding::write(self.out),
             ],
-            grid: [n_rows.div_ceil(4 * share.threads / share.share), self.out.rows() as u32, 1],
+            grid: [n_rows.div_ceil(share.rows(pair)), self.out.rows() as u32, 1],
         }
     }
 

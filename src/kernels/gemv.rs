@@ -66,7 +66,9 @@ impl Kernel for Gemv {
         let tokens = n_tokens.next_power_of_two().min(if caps.software { 4 } else { 8 });
         let n_groups = n_tokens.div_ceil(tokens.max(1));
         let share = RowShare::of(caps, &self.weights, n_rows.div_ceil(4) * n_groups, tokens);
-        let rows = 4 * share.threads / share.lanes;
+        // On a CPU, loads of activations cost as much as products: eight rows share them.
+        let pair = caps.software && !gated;
+        let rows = share.rows(pair);
         let (grid_x, grid_y) = grid_2d(n_rows.div_ceil(rows), caps);
         let shader = self
             .weights
@@ -74,7 +76,8 @@ impl Kernel for Gemv {
             .slot("act", float_slot(self.x.dtype, caps))
             .slot("out", float_slot(self.out.dtype, caps))
             .set("TOKENS", tokens)
-            .set("SETS", if gated { 2u32 } else { 1 })
+            .set("SETS", if gated || pair { 2u32 } else { 1 })
+            .set("PAIR", pair)
             .set("NORM", self.norm.is_some())
             .set("BIAS", self.bias.is_some())
             .set("ADD", self.store == Store::Add)

@@ -120,6 +120,11 @@ impl RowShare {
         Self { threads, lanes, share: lanes, chunks: 0 }
     }
 
+    /// Features that a workgroup computes, of which a group of threads has four, or eight.
+    pub(crate) fn rows(&self, pair: bool) -> u32 {
+        self.threads / self.share * if pair { 8 } else { 4 }
+    }
+
     /// Fills the slot `sum` and sets the overrides.
     pub(crate) fn shader(&self, shader: Shader, caps: &Caps) -> Shader {
         let (shader, sublanes) = sum_lanes(shader, caps, self.share.min(32));
