@@ -11,6 +11,7 @@ use crate::{
 use super::{
     Matrix, Norm, Routing, Scoring, float_slot,
     grouped_topk::{GroupedTopkParams, MAX_GROUPS, MAX_TOP_K, route},
+    has_subgroup_sums,
     matrix::{RowShare, dot},
     rms_norm::normalise,
 };
@@ -42,8 +43,10 @@ pub struct Route {
     pub routing: Routing,
 }
 
-/// Workgroup memory that the shader takes at most, where sums have no subgroups; in bytes.
-const WORKGROUP_BYTES: u32 = 17 << 10;
+/// Workgroup memory that the shader takes at most, bytes; sums without subgroups take some of it.
+fn workgroup_bytes(caps: &Caps) -> u32 {
+    if has_subgroup_sums(caps) { 13 << 10 } else { 17 << 10 }
+}
 
 impl Route {
     /// Up to this many tokens one launch is faster than three; each reads the router for itself.
@@ -52,7 +55,7 @@ impl Route {
     /// Whether devices with `caps` can run it for `routing`.
     pub fn serves(caps: &Caps, routing: &Routing) -> bool {
         caps.ordered_groups
-            && caps.max_workgroup_bytes >= WORKGROUP_BYTES
+            && caps.max_workgroup_bytes >= workgroup_bytes(caps)
             && routing.n_experts <= 256
             && routing.top_k <= MAX_TOP_K
             && routing.n_group <= MAX_GROUPS
