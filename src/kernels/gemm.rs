@@ -250,7 +250,7 @@ mod tests {
     use crate::{
         device::DType::{F16, F32, U8},
         kernels::testing::{FORMATS, check, check_matrix, gpu},
-        weights::{WeightFormat, interleave},
+        weights::WeightFormat,
     };
 
     #[test]
@@ -332,7 +332,7 @@ mod tests {
     fn run(x: &[f32], format: WeightFormat, weights: &[u8], scales: &[f32]) -> Vec<f32> {
         let mut device = gpu();
         let mut weights = weights.to_vec();
-        interleave(&mut weights, format.bytes_per_row(COLS));
+        format.interleave(&mut weights, COLS);
         let mut upload = |shape: &[usize], dtype, bytes: &[u8]| {
             let tensor = device.alloc("test", shape, dtype).unwrap();
             device.write(&tensor, bytes);

@@ -2,7 +2,7 @@
 
 use crate::{
     device::{Caps, Shader, Tensor},
-    weights::{WeightFormat, interleaved_row},
+    weights::WeightFormat,
 };
 
 use super::{has_subgroup_sums, sum_lanes};
@@ -11,7 +11,7 @@ use super::{has_subgroup_sums, sum_lanes};
 /// multiple of [`crate::weights::PAD`]. A plain matrix has one expert.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Matrix {
-    /// Packed rows, [interleaved](crate::weights::interleave). U8 `[n_experts, rows, row bytes]`
+    /// Packed rows, [interleaved](WeightFormat::interleave). U8 `[n_experts, rows, row bytes]`
     pub weights: Tensor,
     /// Scales of integers, F32 `[n_experts, rows, scales_per_row]`; `weights` again for floats,
     /// whose kernels never read it.
@@ -148,7 +148,6 @@ pub(crate) struct Rows<'a> {
     weights: &'a [u8],
     scales: &'a [f32],
     format: WeightFormat,
-    row_bytes: usize,
     /// Input features with padding.
     pub(crate) cols: usize,
 }
@@ -168,15 +167,14 @@ impl<'a> Rows<'a> {
             Some("w4") => WeightFormat::W4 { group },
             _ => WeightFormat::W8 { group: (group > 0).then_some(group) },
         };
-        let row_bytes = n_chunks as usize * 16;
-        Self { weights, scales, format, row_bytes, cols: row_bytes * 8 / format.bits() }
+        Self { weights, scales, format, cols: n_chunks as usize * 16 * 8 / format.bits() }
     }
 
     /// A row, unpacked. `[cols]`
     pub(crate) fn row(&self, row: usize) -> Vec<f32> {
         let n = self.format.scales_per_row(self.cols);
         self.format.decode_row(
-            &interleaved_row(self.weights, self.row_bytes, row),
+            &self.format.interleaved_row(self.weights, self.cols, row),
             self.scales.get(row * n..(row + 1) * n).unwrap_or_default(),
             self.cols,
         )

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::{
     device::{Binding, Caps, Io, Kernel, Launch, Shader, Tensor, params},
-    weights::{WeightFormat, interleaved_row},
+    weights::WeightFormat,
 };
 
 use super::{
@@ -146,7 +146,8 @@ impl Kernel for Route {
         let (n_experts, k) = (p.n_experts as usize, p.top_k as usize);
         let bias = option("BIAS").then(|| &bias[..n_experts]);
         let (n_rows, n_chunks) = (p.n_rows as usize, p.n_chunks as usize);
-        let row = |row| bytemuck::pod_collect_to_vec(&interleaved_row(&bits, n_chunks * 16, row));
+        let row = |row| WeightFormat::F32.interleaved_row(&bits, n_chunks * 4, row);
+        let row = |i| bytemuck::pod_collect_to_vec(&row(i));
         let weights: Vec<Vec<f32>> = (0..n_rows).map(row).collect();
         let rule = GroupedTopkParams {
             n_tokens: 1,

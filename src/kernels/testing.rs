@@ -11,7 +11,7 @@ use crate::{
         Access, Allocate, Caps, DType, Device, DeviceChoice, Dispatch, Recording, Tensor, Tier,
         compose,
     },
-    weights::{WeightFormat, interleave, padded},
+    weights::{WeightFormat, padded},
 };
 
 use super::Matrix;
@@ -126,7 +126,7 @@ impl Bench {
         let mut encoded = format
             .encode("test", n_rows, cols, |r, out| out.copy_from_slice(&values[r * cols..][..cols]))
             .unwrap();
-        interleave(&mut encoded.weights, format.bytes_per_row(cols));
+        format.interleave(&mut encoded.weights, cols);
         let shape = [n_experts, padded(rows), format.bytes_per_row(cols)];
         let weights = self.tensor(&shape, DType::U8, &encoded.weights);
         let scales = match encoded.scales.len() {

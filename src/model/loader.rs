@@ -7,7 +7,7 @@ use crate::{
     Result,
     device::{Allocate, Caps, DType, Device, DeviceError, Tally, Tensor},
     kernels::Matrix,
-    weights::{Encoded, PAD, Source, SourceTensor, WeightFormat, WeightsError, interleave, padded},
+    weights::{Encoded, PAD, Source, SourceTensor, WeightFormat, WeightsError, padded},
 };
 
 use super::linear::Linear;
@@ -442,9 +442,8 @@ pub(super) fn pack(
     mut sink: impl FnMut(usize, Encoded),
 ) -> Result<()> {
     let width = cols.stacked();
-    let row_bytes = format.bytes_per_row(width);
     // Whole groups of rows that lie interleaved.
-    let piece = (PIECE_BYTES / row_bytes / PAD * PAD).max(PAD);
+    let piece = (PIECE_BYTES / format.bytes_per_row(width) / PAD * PAD).max(PAD);
     let mut start = 0;
     for part in stack {
         let inside = start.max(range.start)..(start + part.stacked).min(range.end);
@@ -454,7 +453,7 @@ pub(super) fn pack(
                 let n = piece.min(inside.end - first);
                 let row = |i| part.source(first + i - start).map(|row| row_0 + row);
                 let mut packed = pack_rows(format, &tensor, cols, n, row)?;
-                interleave(&mut packed.weights, row_bytes);
+                format.interleave(&mut packed.weights, width);
                 sink(first - range.start, packed);
             }
         }

@@ -156,6 +156,32 @@ impl WeightFormat {
         Ok(Encoded { weights, scales })
     }
 
+    /// Orders packed rows `[n, bytes_per_row(cols)]`, a multiple of four, as kernels read them:
+    /// chunk by chunk of 16 bytes, those of four neighbouring rows side by side,
+    /// `[n / 4, bytes_per_row / 16, 4, 16]`. So threads that take a step of neighbouring rows read
+    /// whole lines of memory.
+    pub fn interleave(&self, rows: &mut [u8], cols: usize) {
+        let row_bytes = self.bytes_per_row(cols);
+        let mut quad = vec![0; QUAD * row_bytes];
+        for rows in rows.chunks_exact_mut(QUAD * row_bytes) {
+            quad.copy_from_slice(rows);
+            let chunks = rows.as_chunks_mut::<CHUNK>().0.chunks_exact_mut(QUAD);
+            for (c, chunks) in chunks.enumerate() {
+                for (row, chunk) in quad.chunks_exact(row_bytes).zip(chunks) {
+                    chunk.copy_from_slice(&row[c * CHUNK..][..CHUNK]);
+                }
+            }
+        }
+    }
+
+    /// A packed row of those that [`WeightFormat::interleave`] has ordered. `[bytes_per_row(cols)]`
+    pub fn interleaved_row(&self, rows: &[u8], cols: usize, row: usize) -> Vec<u8> {
+        let quad_bytes = QUAD * self.bytes_per_row(cols);
+        let quad = &rows[row / QUAD * quad_bytes..][..quad_bytes];
+        let chunks = quad.as_chunks::<CHUNK>().0.iter();
+        chunks.skip(row % QUAD).step_by(QUAD).flatten().copied().collect()
+    }
+
     /// Unpacks one row, as the CPU twins of the kernels see it. Returns `[cols]`.
     ///
     /// # Panics
@@ -190,28 +216,6 @@ impl WeightFormat {
 const QUAD: usize = 4;
 /// Bytes that lie together.
 const CHUNK: usize = 16;
-
-/// Orders packed rows `[n, row_bytes]`, a multiple of four, as kernels read them: chunk by chunk of
-/// 16 bytes, those of four neighbouring rows side by side, `[n / 4, row_bytes / 16, 4, 16]`. So
-/// threads that take a step of neighbouring rows read whole lines of memory.
-pub fn interleave(rows: &mut [u8], row_bytes: usize) {
-    let mut quad = vec![0; QUAD * row_bytes];
-    for rows in rows.chunks_exact_mut(QUAD * row_bytes) {
-        quad.copy_from_slice(rows);
-        let chunks = rows.as_chunks_mut::<CHUNK>().0.chunks_exact_mut(QUAD);
-        for (c, chunks) in chunks.enumerate() {
-            for (row, chunk) in quad.chunks_exact(row_bytes).zip(chunks) {
-                chunk.copy_from_slice(&row[c * CHUNK..][..CHUNK]);
-            }
-        }
-    }
-}
-
-/// A row of those that [`interleave`] has ordered. `[row_bytes]`
-pub fn interleaved_row(rows: &[u8], row_bytes: usize, row: usize) -> Vec<u8> {
-    let quad = &rows[row / QUAD * QUAD * row_bytes..][..QUAD * row_bytes];
-    quad.as_chunks::<CHUNK>().0.iter().skip(row % QUAD).step_by(QUAD).flatten().copied().collect()
-}
 
 /// Elements that one thread packs at a time.
 const LEAF_ELEMENTS: usize = 1 << 16;

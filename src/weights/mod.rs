@@ -20,7 +20,7 @@ pub use dummy::DummySource;
 #[cfg(not(target_arch = "wasm32"))]
 pub use files::Directory;
 pub use files::{FileBytes, Files, read_bounded};
-pub use format::{Encoded, PAD, WeightFormat, interleave, interleaved_row, padded};
+pub use format::{Encoded, PAD, WeightFormat, padded};
 pub use safetensors::{Entry, Header};
 pub use source::{MemorySource, Source, SourceDtype, SourceTensor, scale_name};
 
