@@ -75,7 +75,8 @@ impl Bench {
     ) -> Matrix {
         let values: Vec<f32> = (0..n_experts * rows * cols).map(|_| self.value()).collect();
         let fill = |row: usize, out: &mut [f32]| out.copy_from_slice(&values[row * cols..][..cols]);
-        let packed = format.encode("bench", n_experts * rows, cols, fill).expect("finite");
+        let mut packed = format.encode("bench", n_experts * rows, cols, fill).expect("finite");
+        format.interleave(&mut packed.weights, cols);
         let weights = self.tensor(&[n_experts, rows, format.bytes_per_row(cols)], DType::U8);
         self.device.write(&weights, &packed.weights);
         let scales = match format.scales_per_row(cols) {

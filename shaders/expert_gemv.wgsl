@@ -1,6 +1,6 @@
 // Products of few tokens with the matrices of their experts. A slot is one (token, expert) pair,
-// token * top_k + j. A group of LANES threads computes four output features of one slot, or of
-// one token if COMBINE.
+// token * top_k + j. A group of LANES threads computes four output features of one slot, or, if
+// COMBINE, four of one token, or eight if PAIR.
 #include "include/act_{act}.wgsl"
 #include "include/out_{out}.wgsl"
 #include "include/sum_{sum}.wgsl"
