@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Reaches the device of the engine that was made last.
-type Device = Arc<Mutex<Option<Faults>>>;
+pub(crate) type Device = Arc<Mutex<Option<Faults>>>;
 
 fn gull_options() -> LlmOptions {
     let model = Some(gull().display().to_string());
@@ -32,8 +32,15 @@ fn gull_options() -> LlmOptions {
     LlmOptions { model, device, max_model_len, max_num_seqs, ..LlmOptions::default() }
 }
 
-/// A server on the first adapter whose models load after `again` was asked, the first excepted.
 fn start(again: impl Fn(&Faults) -> Result<()> + Send + 'static) -> (Arc<App>, Device) {
+    start_as(ServerConfig::default(), again)
+}
+
+/// A server on the first adapter whose models load after `again` was asked, the first excepted.
+pub(crate) fn start_as(
+    config: ServerConfig,
+    again: impl Fn(&Faults) -> Result<()> + Send + 'static,
+) -> (Arc<App>, Device) {
     let device = Device::default();
     let made = device.clone();
     let open = move || -> Result<Llm> {
@@ -44,11 +51,11 @@ fn start(again: impl Fn(&Faults) -> Result<()> + Send + 'static) -> (Arc<App>, D
         }
         planned.load(&|_| {})
     };
-    let config = ServerConfig { model_name: "gull".to_owned(), ..ServerConfig::default() };
+    let config = ServerConfig { model_name: "gull".to_owned(), ..config };
     (App::start(Box::new(open), config).unwrap(), device)
 }
 
-fn fail(device: &Device, fault: Fault) {
+pub(crate) fn fail(device: &Device, fault: Fault) {
     let faults = device.lock().unwrap().clone().unwrap();
     faults.inject(fault, u64::from(fault == Fault::OutOfMemory));
 }
@@ -60,7 +67,7 @@ async fn text(app: &Arc<App>) -> Value {
 }
 
 /// Waits until `/health` has this status.
-async fn health(app: &Arc<App>, status: u16, within: Duration) {
+pub(crate) async fn health(app: &Arc<App>, status: u16, within: Duration) {
     let start = Instant::now();
     loop {
         let answer = get(app, "/health").await;

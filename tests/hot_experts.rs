@@ -1,12 +1,12 @@
 //! Experts replaced in a running model: the result is that of a checkpoint with those experts, a
 //! file with any fault changes nothing, and requests in flight go on.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path, sync::Arc, time::Duration};
 
 use axum::body::Body;
 use axum::http::Request;
 use moewe::{
-    device::DeviceChoice,
+    device::{DeviceChoice, Fault},
     engine::{Request as Prompt, SamplingParams},
     llm::{Llm, LlmOptions},
     parallel::{CacheOptions, CachePolicy},
@@ -17,8 +17,11 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 use crate::{
-    checkpoints::{GPU, Stored, copy, edit_tensors, golden, gull, options, write_tensors},
-    parallel::{greedy, logits},
+    checkpoints::{
+        GPU, Stored, copy, edit_json, edit_tensors, golden, gull, options, write_tensors,
+    },
+    faults::{fail, health, start_as},
+    parallel::{greedy, logits, worst},
     server::{CHAT, call, chunks, hello, post},
 };
 
@@ -71,11 +74,16 @@ fn file(tensors: &Tensors) -> Vec<u8> {
 }
 
 fn replace(llm: &mut Llm, bytes: Vec<u8>) -> moewe::Result<Vec<(usize, usize)>> {
-    llm.replace_experts(&Checkpoint::from_bytes("new.safetensors", bytes)?)
+    llm.take_experts(&Checkpoint::from_bytes("new.safetensors", bytes)?)
 }
 
 fn open(dir: &Path, devices: &[DeviceChoice], cache: Option<u64>) -> Llm {
+    open_with_room(dir, devices, cache, 0)
+}
+
+fn open_with_room(dir: &Path, devices: &[DeviceChoice], cache: Option<u64>, spare: usize) -> Llm {
     let options = LlmOptions {
+        spare_experts: spare,
         text: false,
         max_model_len: Some(128),
         max_num_seqs: 4,
@@ -120,6 +128,113 @@ fn replaced_experts_are_those_of_the_file_wherever_they_are() {
         assert!(logits(&mut llm, 20) == before.0, "{what}: and back");
         assert_eq!(greedy(&mut llm, 8), before.1, "{what}");
     }
+}
+
+/// Experts of a wider model than `tensors` that those of a narrower one do not have, and routers:
+/// `n_new` copies of the first ones, altered, behind the `n_old` that there are.
+fn wider(tensors: &Tensors, n_old: usize, n_new: usize) -> Tensors {
+    let mut new = Tensors::new();
+    for (name, stored) in altered(&experts_of(tensors, &(0..n_new).collect::<Vec<_>>())) {
+        let (start, rest) = name.split_once(".experts.").expect("an expert");
+        let (number, rest) = rest.split_once('.').expect("its projection");
+        let number = n_old + number.parse::<usize>().expect("a number");
+        new.insert(format!("{start}.experts.{number}.{rest}"), stored);
+    }
+    for (name, (dtype, shape, bytes)) in tensors {
+        let Some((mixture, part)) = name.split_once("gate.") else { continue };
+        let has_experts = new.keys().any(|new| new.starts_with(&format!("{mixture}experts.")));
+        if has_experts && ["weight", "e_score_correction_bias"].contains(&part) {
+            // New rows are old ones turned around.
+            let (row, size) = (bytes.len() / n_old, if *dtype == Dtype::F32 { 4 } else { 2 });
+            let mut bytes = bytes.clone();
+            for e in 0..n_new {
+                bytes.extend_from_within(e * row..(e + 1) * row);
+                let at = bytes.len() - row;
+                let turned: Vec<u8> = bytes[at..].chunks(size).rev().flatten().copied().collect();
+                bytes[at..].copy_from_slice(&turned);
+            }
+            let shape = [&[n_old + n_new], &shape[1..]].concat();
+            new.insert(name.clone(), (*dtype, shape, bytes));
+        }
+    }
+    new
+}
+
+/// The same text as a checkpoint that had these experts from the start, on any devices and in any
+/// cache: one router without groups, and one with a bias whose groups come whole.
+#[test]
+fn added_experts_are_those_of_a_wider_checkpoint() {
+    for (name, key, n_old, n_new, groups) in
+        [("qwen3_moe", "num_experts", 16, 3, None), ("glm4_moe", "n_routed_experts", 8, 4, Some(3))]
+    {
+        let dir = golden(name);
+        let tensors = read(&dir);
+        let new = wider(&tensors, n_old, n_new);
+        let edited = copy(&dir);
+        edit_tensors(&edited.path().join(NAME), |all| all.extend(new.clone()));
+        edit_json(&edited.path().join("config.json"), |config| {
+            config[key] = json!(n_old + n_new);
+            if let Some(groups) = groups {
+                config["n_group"] = json!(groups);
+            }
+        });
+        for (devices, cache) in [
+            (vec![CPU], None),
+            (vec![GPU], None),
+            (vec![CPU, CPU, CPU], None),
+            (vec![GPU, CPU], None),
+            (vec![GPU], Some(1 << 19)),
+        ] {
+            let what = format!("{name}, {devices:?}, {cache:?}");
+            let mut narrow = open(&dir, &devices, cache);
+            let narrow = (logits(&mut narrow, 20), greedy(&mut narrow, 8));
+            let mut wide = open(edited.path(), &devices, cache);
+            let wide = (logits(&mut wide, 20), greedy(&mut wide, 8));
+            assert!(worst(&narrow.0, &wide.0) > 1e-3, "{what}: they make a difference");
+            let mut llm = open_with_room(&dir, &devices, cache, n_new);
+            // Room alone changes no choice; kernels may sum in another order.
+            assert!(worst(&logits(&mut llm, 20), &narrow.0) < 1e-3, "{what}");
+            assert_eq!(greedy(&mut llm, 8), narrow.1, "{what}");
+            let taken = replace(&mut llm, file(&new)).expect("a good file");
+            let n_layers = llm.engine.runner().model().spec.moe_layers().count();
+            assert_eq!(taken.len(), n_new * n_layers, "{what}: {taken:?}");
+            assert!(taken.iter().all(|&(_, expert)| expert >= n_old), "{what}: {taken:?}");
+            assert!(logits(&mut llm, 20) == wide.0, "{what}");
+            assert_eq!(greedy(&mut llm, 8), wide.1, "{what}");
+            assert_eq!(llm.engine.stats().experts.n_present, n_old + n_new);
+        }
+    }
+}
+
+#[test]
+fn experts_without_room_or_router_change_nothing() {
+    let dir = golden("qwen3_moe");
+    let good = wider(&read(&dir), 16, 2);
+    let without = |part: &str| -> Tensors {
+        let kept = good.iter().filter(|(name, _)| !name.contains(part));
+        kept.map(|(name, stored)| (name.clone(), stored.clone())).collect()
+    };
+    let mut llm = open_with_room(&dir, &[CPU], None, 2);
+    let before = logits(&mut llm, 20);
+    for (tensors, says) in [
+        (wider(&read(&dir), 16, 3), "room for 2 more"),
+        (without(".gate.weight"), "gate.weight\" is not in"),
+        (without(".experts.16."), "no number 17"),
+        (without(".layers.0."), "others"),
+        (without(".experts.17."), "shape"),
+    ] {
+        let error = replace(&mut llm, file(&tensors)).expect_err(says).to_string();
+        assert!(error.contains(says), "{says}: {error}");
+        assert!(logits(&mut llm, 20) == before, "{says}");
+    }
+    replace(&mut llm, file(&good)).expect("a good file");
+    let mut wide = read(&dir);
+    wide.extend(good);
+    let error = replace(&mut llm, file(&wider(&wide, 18, 1))).expect_err("full").to_string();
+    assert!(error.contains("has 18 experts, room for 0 more"), "{error}");
+    let grouped = LlmOptions { spare_experts: 3, ..options(&golden("glm4_moe"), CPU, F32) };
+    let error = Llm::open(grouped).expect_err("groups of 4").to_string();
+    assert!(error.contains("multiples of 4"), "{error}");
 }
 
 /// What is wrong with a file, and what the error says.
@@ -210,7 +325,28 @@ fn requests_in_flight_go_on() {
     assert_ne!(answer, undisturbed, "the rest is the new experts'");
 }
 
-async fn ask(app_: &std::sync::Arc<App>, key: &str, file: &Value) -> (u16, String) {
+/// A server that takes experts from a folder.
+fn open_to(dir: &Path) -> ServerConfig {
+    ServerConfig {
+        api_keys: vec!["key".to_owned()],
+        expert_dir: Some(dir.to_owned()),
+        ..ServerConfig::default()
+    }
+}
+
+/// The text of a streamed answer.
+async fn streamed(app_: Arc<App>) -> String {
+    let request = Request::post(CHAT)
+        .header("content-type", "application/json")
+        .header("authorization", "Bearer key");
+    let body = hello(json!({"stream": true, "max_tokens": 40, "ignore_eos": true}));
+    let request = request.body(Body::from(body.to_string())).expect("a request");
+    let answer = call(app(app_), request).await.2;
+    let pieces = chunks(&answer).into_iter();
+    pieces.map(|c| c["choices"][0]["delta"]["content"].as_str().unwrap_or("").to_owned()).collect()
+}
+
+async fn ask(app_: &Arc<App>, key: &str, file: &Value) -> (u16, String) {
     let request = Request::post("/admin/experts")
         .header("content-type", "application/json")
         .header("authorization", format!("Bearer {key}"));
@@ -219,8 +355,13 @@ async fn ask(app_: &std::sync::Arc<App>, key: &str, file: &Value) -> (u16, Strin
     (status.as_u16(), text)
 }
 
-fn serve(config: ServerConfig) -> std::sync::Arc<App> {
+fn serve(config: ServerConfig) -> Arc<App> {
+    serve_with_room(config, 0)
+}
+
+fn serve_with_room(config: ServerConfig, spare_experts: usize) -> Arc<App> {
     let options = LlmOptions {
+        spare_experts,
         max_model_len: Some(128),
         max_num_seqs: 4,
         ..options(&gull(), CPU, WeightFormat::W8 { group: None })
@@ -248,27 +389,9 @@ async fn experts_are_replaced_over_http_while_answers_stream() {
     for (i, (bytes, _)) in faults(&altered(&good)).into_iter().enumerate() {
         fs::write(dir.path().join(format!("{i}.safetensors")), bytes).expect("written");
     }
-    let config = ServerConfig {
-        api_keys: vec!["key".to_owned()],
-        expert_dir: Some(dir.path().to_owned()),
-        ..ServerConfig::default()
-    };
-    let app_ = serve(config);
-    let stream = || {
-        let request = Request::post(CHAT)
-            .header("content-type", "application/json")
-            .header("authorization", "Bearer key");
-        let body = hello(json!({"stream": true, "max_tokens": 40, "ignore_eos": true}));
-        call(app(app_.clone()), request.body(Body::from(body.to_string())).expect("a request"))
-    };
-    let text = |answer: &str| -> String {
-        let pieces = chunks(answer).into_iter();
-        pieces
-            .map(|c| c["choices"][0]["delta"]["content"].as_str().unwrap_or("").to_owned())
-            .collect()
-    };
-    let expected = text(&stream().await.2);
-    let answer = tokio::spawn(stream());
+    let app_ = serve(open_to(dir.path()));
+    let expected = streamed(app_.clone()).await;
+    let answer = tokio::spawn(streamed(app_.clone()));
     let mut n_files = 0;
     while dir.path().join(format!("{n_files}.safetensors")).exists() {
         let (status, text) = ask(&app_, "key", &json!(format!("{n_files}.safetensors"))).await;
@@ -286,7 +409,49 @@ async fn experts_are_replaced_over_http_while_answers_stream() {
     let body: Value = serde_json::from_str(&body).expect("JSON");
     assert!(body["replaced"].as_array().is_some_and(|all| !all.is_empty()), "{body}");
     // The same weights, and faulty files before: nothing is to be seen in the answer.
-    assert_eq!(text(&answer.await.expect("no panic").2), expected);
+    assert_eq!(answer.await.expect("no panic"), expected);
     let (status, ..) = post(&app_, CHAT, &hello(json!({}))).await;
     assert_eq!(status, 401, "everything still needs the key");
+}
+
+#[tokio::test]
+async fn experts_are_added_over_http() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    write_tensors(&dir.path().join("more.safetensors"), &wider(&read(&gull()), 32, 8));
+    let app_ = serve_with_room(open_to(dir.path()), 8);
+    let stats = || async {
+        let request = Request::get("/moe/stats").header("authorization", "Bearer key");
+        let body = call(app(app_.clone()), request.body(Body::empty()).expect("a request")).await.2;
+        let stats: Value = serde_json::from_str(&body).expect("JSON");
+        (stats["n_experts"].clone(), stats["layers"][0]["tokens"].as_array().map_or(0, Vec::len))
+    };
+    assert_eq!(stats().await, (json!(32), 32));
+    let before = streamed(app_.clone()).await;
+    // Taken again, they replace themselves.
+    for (added, replaced) in [(7 * 8, 0), (0, 7 * 8)] {
+        let (status, body) = ask(&app_, "key", &json!("more.safetensors")).await;
+        assert_eq!(status, 200, "{body}");
+        let body: Value = serde_json::from_str(&body).expect("JSON");
+        let n = |what: &str| body[what].as_array().map_or(0, Vec::len);
+        assert_eq!((n("added"), n("replaced")), (added, replaced), "{body}");
+        assert_eq!(stats().await, (json!(40), 40));
+        assert_ne!(streamed(app_.clone()).await, before);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replaced_experts_outlive_a_lost_device() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let new = altered(&experts_of(&read(&gull()), &[0, 1, 2, 3]));
+    write_tensors(&dir.path().join("new.safetensors"), &new);
+    let (app_, device) = start_as(open_to(dir.path()), |_| Ok(()));
+    let before = streamed(app_.clone()).await;
+    let (status, body) = ask(&app_, "key", &json!("new.safetensors")).await;
+    assert_eq!(status, 200, "{body}");
+    let expected = streamed(app_.clone()).await;
+    assert_ne!(expected, before);
+    fail(&device, Fault::Lost);
+    health(&app_, 503, Duration::from_secs(60)).await;
+    health(&app_, 200, Duration::from_secs(60)).await;
+    assert_eq!(streamed(app_.clone()).await, expected);
 }

@@ -50,6 +50,9 @@ pub(crate) struct Serve {
     /// Let POST /admin/experts load safetensors files of this folder; needs --api-key
     #[arg(long)]
     expert_dir: Option<PathBuf>,
+    /// Room in each layer for so many experts that POST /admin/experts adds
+    #[arg(long, default_value_t = 0, requires = "expert_dir")]
+    spare_experts: usize,
     /// Origins whose web pages may call, or *
     #[arg(long, value_delimiter = ',')]
     allowed_origins: Vec<String>,
@@ -101,6 +104,7 @@ impl Serve {
         let config = self.config()?;
         let mut options = self.model.options(None)?;
         options.max_num_seqs = self.max_num_seqs.max(1);
+        options.spare_experts = self.spare_experts;
         options.engine.policy = match self.scheduling_policy {
             SchedulingPolicy::Fcfs => Policy::Fcfs,
             SchedulingPolicy::Priority => Policy::Priority,

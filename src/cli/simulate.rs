@@ -30,6 +30,9 @@ pub(crate) struct Simulate {
     /// Arithmetic that kernels reach on one adapter, TFLOP/s
     #[arg(long, default_value_t = 100.0)]
     tflops: f64,
+    /// What a layer takes however little it computes, microseconds
+    #[arg(long, default_value_t = 0.0)]
+    layer_latency: f64,
     /// Memory of one adapter, GiB
     #[arg(long, default_value_t = 80.0)]
     memory: f64,
@@ -45,9 +48,12 @@ pub(crate) struct Simulate {
     /// Positions that each token looks back over
     #[arg(long, default_value_t = 0)]
     context: usize,
-    /// Bits of a weight
+    /// Bits of an expert's weight
     #[arg(long, default_value_t = 8)]
     weight_bits: u32,
+    /// Bits of any other weight [default: those of an expert's]
+    #[arg(long)]
+    dense_weight_bits: Option<u32>,
     /// Who runs attention and all else but experts: the primary adapter, or each for its tokens
     #[arg(long, value_enum, default_value = "primary")]
     dense: DenseArg,
@@ -94,6 +100,7 @@ impl Simulate {
     }
 
     fn scenario(&self) -> anyhow::Result<Scenario> {
+        let dense_bits = self.dense_weight_bits.unwrap_or(self.weight_bits);
         let positive = [
             ("--bandwidth", self.bandwidth),
             ("--tflops", self.tflops),
@@ -101,11 +108,16 @@ impl Simulate {
             ("--link-bandwidth", self.link_bandwidth),
             ("--tokens", self.tokens as f64),
             ("--weight-bits", f64::from(self.weight_bits)),
+            ("--dense-weight-bits", f64::from(dense_bits)),
         ];
         for (name, value) in positive {
             ensure!(value.is_finite() && value > 0.0, "{name} must be more than 0");
         }
-        let rest = [("--link-latency", self.link_latency), ("--skew", self.skew)];
+        let rest = [
+            ("--link-latency", self.link_latency),
+            ("--layer-latency", self.layer_latency),
+            ("--skew", self.skew),
+        ];
         for (name, value) in rest {
             ensure!(value.is_finite() && value >= 0.0, "{name} must not be negative");
         }
@@ -127,6 +139,7 @@ impl Simulate {
                 bandwidth: self.bandwidth * 1e9,
                 flops: self.tflops * 1e12,
                 memory: self.memory * f64::from(1 << 30),
+                layer: self.layer_latency * 1e-6,
             },
             link: Link { bandwidth: self.link_bandwidth * 1e9, latency: self.link_latency * 1e-6 },
             dense: match self.dense {
@@ -135,7 +148,8 @@ impl Simulate {
             },
             tokens: self.tokens,
             context: self.context,
-            weight_bytes: f64::from(self.weight_bits) / 8.0,
+            expert_bytes: f64::from(self.weight_bits) / 8.0,
+            dense_bytes: f64::from(dense_bits) / 8.0,
             redundant: self.redundant,
             trace,
         })

@@ -17,8 +17,8 @@ use std::{ops::Range, sync::Arc};
 
 use crate::{
     Result,
-    model::{KvCache, Model},
-    parallel::{Exchange, PackedExpert, Rebalancer},
+    model::{KvCache, Model, NewExperts},
+    parallel::{Exchange, Rebalancer},
 };
 
 pub use batch::{Batch, BatchSequence, LogitRows};
@@ -121,13 +121,15 @@ impl Engine {
         &mut self.runner
     }
 
-    /// Replaces experts between two steps, all or none; see [`crate::model::pack_experts`].
-    /// Requests that run go on with them; what was cached of prompts is found no more.
+    /// Replaces and adds experts between two steps, all or none; see
+    /// [`crate::model::pack_experts`]. Requests that run go on with them; what was cached of
+    /// prompts is found no more.
     ///
     /// # Errors
-    /// Those of [`Runner::replace_experts`].
-    pub fn replace_experts(&mut self, new: &[PackedExpert]) -> Result<()> {
-        self.runner.replace_experts(new)?;
+    /// Those of [`Runner::take_experts`].
+    pub fn take_experts(&mut self, new: &NewExperts) -> Result<()> {
+        self.runner.take_experts(new)?;
+        Arc::make_mut(&mut self.experts).n_present = new.n_after;
         self.scheduler.forget_prefixes();
         Ok(())
     }

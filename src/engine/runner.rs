@@ -10,7 +10,7 @@ use crate::{
     Result,
     device::{DType, Device, Plan, Readback, Recording, Tensor, Timing, Timings},
     kernels::Logprobs,
-    model::{KvCache, Limits, Model, Scratch, StepShape},
+    model::{KvCache, Limits, Model, NewExperts, Scratch, StepShape},
     parallel::{Exchange, Handoff, Owners, PackedExpert, ParallelError},
 };
 
@@ -77,28 +77,46 @@ impl Runner {
         self.exchange.as_deref()
     }
 
-    /// Replaces experts behind the steps submitted so far: all of them, or none if that fails.
+    /// Replaces and adds experts behind the steps submitted so far: all of them, or none if that
+    /// fails.
     ///
     /// # Errors
-    /// [`crate::device::DeviceError`] if a device fails, [`ParallelError::Worker`].
-    pub fn replace_experts(&mut self, new: &[PackedExpert]) -> Result<()> {
-        let mut old = Vec::with_capacity(new.len());
-        for &PackedExpert { layer, expert, .. } in new {
+    /// [`crate::device::DeviceError`] if a device fails, [`ParallelError::Worker`], and
+    /// [`ParallelError::NewExperts`] if the model has other experts than when they were packed.
+    pub fn take_experts(&mut self, new: &NewExperts) -> Result<()> {
+        let &NewExperts { n_before, n_after, .. } = new;
+        if n_before != self.model.spec.n_present() {
+            let cause = "others were added meanwhile; read the file again".to_owned();
+            return Err(ParallelError::NewExperts { cause }.into());
+        }
+        let mut old = NewExperts { n_before: n_after, n_after: n_before, ..NewExperts::default() };
+        for &PackedExpert { layer, expert, .. } in &new.experts {
             let bytes = self.read_expert(layer, expert)?;
-            old.push(PackedExpert { layer, expert, bytes });
+            old.experts.push(PackedExpert { layer, expert, bytes });
+        }
+        for router in &new.routers {
+            old.routers.extend(self.model.read_router(&mut self.device, router.layer)?);
         }
         self.write_experts(new).inspect_err(|_| {
             // If this fails too, the device is gone, and the weights with it.
             let _ = self.write_experts(&old);
-        })
+        })?;
+        if n_after != n_before {
+            self.model.set_present(n_after);
+            self.plans.clear();
+        }
+        Ok(())
     }
 
-    fn write_experts(&mut self, experts: &[PackedExpert]) -> Result<()> {
-        for expert in experts {
+    fn write_experts(&mut self, new: &NewExperts) -> Result<()> {
+        for expert in &new.experts {
             self.model.write_expert(&mut self.device, expert);
             if let Some(exchange) = &mut self.exchange {
                 exchange.write_expert(&mut self.device, expert)?;
             }
+        }
+        for router in &new.routers {
+            self.model.write_router(&mut self.device, router);
         }
         Ok(self.device.wait()?)
     }
@@ -106,7 +124,7 @@ impl Runner {
     /// Packed weights of an expert, from wherever it is.
     ///
     /// # Errors
-    /// Those of [`Runner::replace_experts`].
+    /// Those of [`Runner::take_experts`].
     pub fn read_expert(&mut self, layer: usize, expert: usize) -> Result<Vec<u8>> {
         if let Some(bytes) = self.model.read_expert(&mut self.device, layer, expert)? {
             return Ok(bytes);
@@ -123,7 +141,7 @@ impl Runner {
     /// Returns how many were written to a place, and their bytes.
     ///
     /// # Errors
-    /// Those of [`Runner::replace_experts`].
+    /// Those of [`Runner::take_experts`].
     pub fn rearrange(&mut self, layer: usize, old: &Owners, new: &Owners) -> Result<(u64, u64)> {
         let (mut packed, mut moved) = (HashMap::new(), (0, 0));
         // All are read before the first place is overwritten.

@@ -62,8 +62,10 @@ pub struct EngineStats {
 /// Work of the experts since the start, as of the last reading.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ExpertStats {
-    /// Experts of a layer; 0 for models without experts.
+    /// Experts that a layer has room for; 0 for models without experts.
     pub n_experts: usize,
+    /// Those that are there, the first ones.
+    pub n_present: usize,
     /// Tokens that each expert computed, padding excluded. `[moe layers, n_experts]`
     pub tokens: Vec<u64>,
     /// By layer that has experts.
@@ -93,7 +95,13 @@ impl ExpertStats {
             .moe_layers()
             .map(|(layer, _)| LayerStats { layer, ..Default::default() })
             .collect();
-        Self { n_experts, tokens: vec![0; layers.len() * n_experts], layers }
+        let tokens = vec![0; layers.len() * n_experts];
+        Self { n_experts, n_present: spec.n_present(), tokens, layers }
+    }
+
+    /// Tokens that each expert computed, padding excluded, by layer. Each `[n_present]`
+    pub fn rows(&self) -> impl Iterator<Item = &[u64]> {
+        self.tokens.chunks(self.n_experts.max(1)).map(|row| &row[..self.n_present.min(row.len())])
     }
 
     /// Adds what the device counted between two readings, each modulo 2^32.

@@ -10,7 +10,7 @@ use super::grid_2d;
 /// Limits of the shader's workgroup memory.
 const MAX_EXPERTS: usize = 1024;
 pub(super) const MAX_TOP_K: usize = 64;
-pub(super) const MAX_GROUPS: usize = 32;
+pub(crate) const MAX_GROUPS: usize = 32;
 
 /// How scores follow from logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

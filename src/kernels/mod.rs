@@ -38,6 +38,7 @@ pub use expert_gemm::ExpertGemm;
 pub use expert_gemv::{ExpertGemv, ExpertMode};
 pub use gemm::{GEMV_TOKENS, Gemm, product};
 pub use gemv::Gemv;
+pub(crate) use grouped_topk::MAX_GROUPS;
 pub use grouped_topk::{GroupedTopk, Routing, Scoring};
 pub use logprobs::Logprobs;
 pub use map_experts::MapExperts;

@@ -43,6 +43,8 @@ setters! {
     eplb: EplbOptions => Some(eplb),
     /// Keep all experts in the host's memory, and so many bytes of them on the device.
     expert_cache: CacheOptions => Some(expert_cache),
+    /// Room for so many more experts in each layer, for [`Llm::take_experts`].
+    spare_experts: usize => spare_experts,
     /// Packing of the experts' weights; by default as a quantised checkpoint has them, else int8.
     weights: WeightFormat => Some(weights),
     /// Multiply the tokens of all experts in one launch; if not, in one for each expert.

@@ -93,6 +93,7 @@ fn measure(
     let Some(FfnSpec::Moe(moe)) = small.layers.first_mut().map(|layer| &mut layer.ffn) else {
         return Ok((1.0, 0.0));
     };
+    moe.n_spare = 0;
     let routing = &mut moe.routing;
     routing.n_experts = routing.n_experts.min(MEASURED_EXPERTS.max(routing.top_k));
     (routing.n_group, routing.topk_group) = (1, 1);

@@ -79,6 +79,8 @@ pub struct LlmOptions {
     pub eplb: Option<EplbOptions>,
     /// Keep all experts in the host's memory, and so many bytes of them on the device.
     pub expert_cache: Option<CacheOptions>,
+    /// Room for so many more experts in each layer, see [`Llm::take_experts`].
+    pub spare_experts: usize,
     /// Highest tier of the adapter to use, for tests and to rule a tier out; all if absent.
     pub tier: Option<Tier>,
     /// Packing of the experts' weights, see [`Precision::of`]; if absent, that of a checkpoint
@@ -126,6 +128,7 @@ impl Default for LlmOptions {
             mpi: None,
             eplb: None,
             expert_cache: None,
+            spare_experts: 0,
             tier: None,
             weights: None,
             dense_weights: None,
@@ -210,6 +213,7 @@ impl PlannedLlm {
     ) -> Result<Self> {
         options.block_size = options.block_size.clamp(1, MAX_STEP_TOKENS);
         let files::Config { spec, defaults, weights } = files::read_config(&*files, &dir)?;
+        let spec = spec.with_spare_experts(options.spare_experts)?;
         options.weights = options.weights.or(weights);
         let mut device = Device::open(&options.device).await?;
         if let Some(tier) = options.tier {
@@ -356,17 +360,18 @@ impl Llm {
         PlannedLlm::new(options)?.load(&|_| {})
     }
 
-    /// Replaces the experts that `source` has, and no others, while requests run: all or none.
-    /// Returns their layers and numbers.
+    /// Takes the experts that `source` has, while requests run, all or none: those whose numbers
+    /// the model has replace its own, those that follow join them
+    /// ([`LlmOptions::spare_experts`]). Returns their layers and numbers.
     ///
     /// # Errors
-    /// Those of [`crate::model::pack_experts`] and [`Engine::replace_experts`].
-    pub fn replace_experts(&mut self, source: &dyn Source) -> Result<Vec<(usize, usize)>> {
+    /// Those of [`crate::model::pack_experts`] and [`Engine::take_experts`].
+    pub fn take_experts(&mut self, source: &dyn Source) -> Result<Vec<(usize, usize)>> {
         let model = self.engine.runner().model();
         let new = pack_experts(&model.spec, model.precision, source)?;
         let layers: Vec<usize> = model.spec.moe_layers().map(|(index, _)| index).collect();
-        self.engine.replace_experts(&new)?;
-        Ok(new.iter().map(|e| (layers[e.layer], e.expert)).collect())
+        self.engine.take_experts(&new)?;
+        Ok(new.experts.iter().map(|e| (layers[e.layer], e.expert)).collect())
     }
 
     /// The tokenizer.

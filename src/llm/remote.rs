@@ -7,7 +7,7 @@ use crate::{
     device::Device,
     model::{ExpertShard, Limits, ModelSpec, Precision},
     parallel::{
-        ParallelError, Share, Worker,
+        Owners, ParallelError, Share, Worker,
         cluster::{Assignment, Cluster, Remote, serve_rank},
     },
     weights::{Checkpoint, Directory, DummySource, Source, WeightFormat},
@@ -44,8 +44,7 @@ pub(super) fn load(
     };
     let remotes: Vec<Remote> = (1..cluster.n_ranks()).map(assign).collect();
     let loaded = |mut remote: Remote, rank: usize| -> Result<Box<dyn Worker>> {
-        let failed = |e: crate::Error| ParallelError::Worker { rank, cause: e.to_string() };
-        remote.loaded().map_err(failed)?;
+        remote.loaded().map_err(|e| ParallelError::worker(rank, e))?;
         Ok(Box::new(remote))
     };
     remotes.into_iter().zip(1..).map(|(remote, rank)| loaded(remote, rank)).collect()
@@ -64,6 +63,9 @@ pub fn serve_experts(options: &LlmOptions) -> Result<()> {
     serve_rank(|assignment| {
         let Assignment { owners, rank, redundant, max_tokens, weights, model } = assignment.clone();
         let refused = |cause: &str| ParallelError::Cluster { cause: cause.to_owned() };
+        // Numbers that rank 0 has given out beyond the checkpoint's are room for more.
+        let room = owners.first().map_or(0, Owners::n_experts);
+        let spec = spec.clone().with_spare_experts(room.saturating_sub(spec.n_experts()))?;
         if model != fingerprint(&spec) {
             return Err(refused("it has another model; give all ranks the same").into());
         }

@@ -230,7 +230,7 @@ impl Spread {
             let rank = i + 1;
             let share = self.share(rank);
             let shard = ExpertShard::load(device, spec, source, precision, limits, share)
-                .map_err(|e| ParallelError::Worker { rank, cause: e.to_string() })?;
+                .map_err(|e| ParallelError::worker(rank, e))?;
             Ok(Box::new(shard.with_block_align(options.moe_block_align)))
         };
         let workers = devices.map(load).collect::<Result<_>>()?;

@@ -114,8 +114,9 @@ pub(super) fn names(
 }
 
 impl ExpertNames {
-    /// Numbers of the experts that have tensors among `names`, and how many of those there are.
-    pub(super) fn found(&self, names: &[String], n_experts: usize) -> (BTreeSet<usize>, usize) {
+    /// Numbers of the experts that have tensors among `names`, which are taken out.
+    pub(super) fn find(&self, names: &mut Vec<String>, n_experts: usize) -> BTreeSet<usize> {
+        let mut found = BTreeSet::new();
         match self {
             Self::Each(prefix, projections) => {
                 let number = |name: &String| -> Option<usize> {
@@ -124,16 +125,18 @@ impl ExpertNames {
                     let projection = rest.strip_suffix(".weight")?;
                     projections.contains(&projection).then(|| number.parse().ok())?
                 };
-                let numbers: Vec<usize> = names.iter().filter_map(number).collect();
-                (numbers.iter().copied().collect(), numbers.len())
+                found.extend(names.iter().filter_map(number));
+                names.retain(|name| number(name).is_none());
             }
             Self::Fused(prefix) => {
                 let fused = ["gate_up_proj", "down_proj"].map(|p| format!("{prefix}.{p}"));
-                let n = names.iter().filter(|name| fused.contains(name)).count();
-                ((0..if n > 0 { n_experts } else { 0 }).collect(), n)
+                let n = names.len();
+                names.retain(|name| !fused.contains(name));
+                found.extend(0..if names.len() < n { n_experts } else { 0 });
             }
-            Self::Single(_) => (BTreeSet::new(), 0),
+            Self::Single(_) => {}
         }
+        found
     }
 
     /// Gate rows above up rows.
@@ -203,22 +206,30 @@ impl BankShape {
     ) -> Self {
         Self {
             names,
-            n_experts: moe.routing.n_experts,
+            n_experts: moe.n_present(),
             hidden: spec.hidden_size,
             width: moe.intermediate_size,
             format: precision.experts,
         }
     }
 
+    /// Nothing for experts that are not there yet.
     fn gate_up(&self, expert: usize) -> Vec<Rows> {
-        self.names.gate_up(self.n_experts, expert, self.width)
+        match expert < self.n_experts {
+            true => self.names.gate_up(self.n_experts, expert, self.width),
+            false => Vec::new(),
+        }
     }
 
     fn down(&self, expert: usize) -> Vec<Rows> {
-        vec![self.names.down(self.n_experts, expert, self.hidden)]
+        match expert < self.n_experts {
+            true => vec![self.names.down(self.n_experts, expert, self.hidden)],
+            false => Vec::new(),
+        }
     }
 
     /// Packs one expert as banks hold it: gate and up rows, their scales, down rows, their scales.
+    /// All is zero in one that is not there yet.
     pub(super) fn pack(&self, source: &dyn Source, expert: usize) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         for (stack, cols) in [(self.gate_up(expert), self.hidden), (self.down(expert), self.width)]
@@ -231,6 +242,7 @@ impl BankShape {
             })?;
             bytes.extend(bytemuck::cast_slice::<f32, u8>(&scales));
         }
+        bytes.resize(self.expert_bytes() as usize, 0);
         Ok(bytes)
     }
 

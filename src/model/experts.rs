@@ -28,19 +28,21 @@ pub(super) const BLOCK_SIZES: std::ops::RangeInclusive<usize> = 16..=128;
 /// A feed-forward layer of experts.
 #[derive(Debug, Clone)]
 pub(super) struct Experts {
-    router: Linear,
-    correction_bias: Option<CorrectionBias>,
+    pub(super) router: Linear,
+    pub(super) correction_bias: Option<CorrectionBias>,
+    /// Among the experts that are there.
+    pub(super) choice: Routing,
     routed: RoutedExperts,
     shared: Option<Shared>,
 }
 
 /// What is added to scores for the choice of experts.
 #[derive(Debug, Clone, Copy)]
-struct CorrectionBias {
+pub(super) struct CorrectionBias {
     /// F32 `[experts]`
-    alone: Tensor,
+    pub(super) alone: Tensor,
     /// F32 `[padded hidden + experts]`: behind the weights of the norm before the router
-    after_norm: Tensor,
+    pub(super) after_norm: Tensor,
 }
 
 /// The experts of a layer that a device holds.
@@ -101,16 +103,17 @@ impl Experts {
         precision: Precision,
         layout: &ExpertLayout,
     ) -> Result<Self> {
-        let (hidden, r) = (spec.hidden_size, moe.routing);
+        let (hidden, r, n) = (spec.hidden_size, moe.routing, moe.n_present());
         let (prefix, names) = names(|name| loader.contains(name), spec, index);
-        let bias = (format!("{prefix}.gate.e_score_correction_bias"), r.n_experts, None);
+        let bias = (format!("{prefix}.gate.e_score_correction_bias"), n, None);
         let correction_bias = match moe.correction_bias {
             false => None,
             true => {
                 let norm = format!("model.layers.{index}.post_attention_layernorm.weight");
-                let alone = loader.vector(std::slice::from_ref(&bias))?;
+                let alone = loader.vector_with_room(std::slice::from_ref(&bias), moe.n_spare)?;
                 let whole = Heads { dim: hidden, stride: padded(hidden) };
-                let after_norm = loader.vector(&[(norm, hidden, Some(whole)), bias])?;
+                let parts = [(norm, hidden, Some(whole)), bias];
+                let after_norm = loader.vector_with_room(&parts, moe.n_spare)?;
                 Some(CorrectionBias { alone, after_norm })
             }
         };
@@ -124,8 +127,13 @@ impl Experts {
         let shape = BankShape::of(spec, moe, names, precision);
         let moe_index = spec.moe_layers().take_while(|&(i, _)| i < index).count();
         Ok(Self {
-            router: router(loader, format!("{prefix}.gate"), r.n_experts, hidden)?,
+            router: router(
+                loader,
+                Rows::with_room(format!("{prefix}.gate"), n, r.n_experts),
+                hidden,
+            )?,
             correction_bias,
+            choice: moe.choice(),
             routed: RoutedExperts::load(loader, &shape, r, layout, moe_index)?,
             shared,
         })
@@ -146,7 +154,7 @@ impl Experts {
         n <= Route::MOST_TOKENS
             && !caps.twins
             && self.router.single().is_some()
-            && Route::serves(caps, &self.routed.routing)
+            && Route::serves(caps, &self.choice)
     }
 
     /// Adds the experts' weighted outputs for `norm(residual)` `[n, hidden]` to `residual`; without
@@ -162,7 +170,7 @@ impl Experts {
         residual: Tensor,
     ) {
         let n = residual.rows();
-        let routing = self.routed.routing;
+        let routing = self.choice;
         let (ids, weights) = routed.rows(n, routing.top_k);
         let x = buffers.rows(buffers.normed, n);
         let tokens = inputs.tokens.reshape(&[n, 4]);
@@ -243,7 +251,7 @@ impl RoutedExperts {
             loader.table("expert map", &[routing.n_experts, cols], &map)
         };
         let (held, n_held, map) = match layout {
-            ExpertLayout::All => ((0..shape.n_experts).collect(), shape.n_experts, None),
+            ExpertLayout::All => ((0..routing.n_experts).collect(), routing.n_experts, None),
             ExpertLayout::Share(share) => {
                 let held = share.owners[moe_index].held(share.rank).to_vec();
                 (held, share.places(moe_index), Some(table(share.map(moe_index))?))
@@ -452,8 +460,9 @@ impl Shared {
             format: precision.rest,
         };
         Ok(Self::Gated(Box::new(Experts {
-            router: router(loader, format!("{prefix}_gate"), 1, hidden)?,
+            router: router(loader, Rows::all(format!("{prefix}_gate"), 1), hidden)?,
             correction_bias: None,
+            choice: routing,
             routed: RoutedExperts::load(loader, &shape, routing, &ExpertLayout::All, 0)?,
             shared: None,
         })))
@@ -461,11 +470,6 @@ impl Shared {
 }
 
 /// Routers stay in f32: a rounded logit may choose another expert.
-fn router(
-    loader: &mut Loader<'_>,
-    name: String,
-    n_experts: usize,
-    hidden: usize,
-) -> Result<Linear> {
-    loader.linear(&[Rows::all(name, n_experts)], Cols::all(hidden), WeightFormat::F32, false)
+fn router(loader: &mut Loader<'_>, rows: Rows, hidden: usize) -> Result<Linear> {
+    loader.linear(&[rows], Cols::all(hidden), WeightFormat::F32, false)
 }

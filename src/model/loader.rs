@@ -83,6 +83,11 @@ impl Rows {
         Self { name, fused: None, rows, stacked: padded(rows), heads: None }
     }
 
+    /// All rows of a tensor, with room for so many.
+    pub(super) fn with_room(name: String, rows: usize, room: usize) -> Self {
+        Self { stacked: padded(room.max(rows)), ..Self::all(name, rows) }
+    }
+
     /// Rows of one expert from the tensor `name` of all experts, padded like [`Rows::all`].
     pub(super) fn fused(name: String, rows: usize, fused: Fused) -> Self {
         Self { fused: Some(fused), ..Self::all(name, rows) }
@@ -168,7 +173,7 @@ impl Cols {
 
 /// A vector's values, none of which may be a NaN or infinity; matrices are checked as they are
 /// packed.
-fn finite(tensor: &SourceTensor<'_>) -> Result<Vec<f32>> {
+pub(super) fn finite(tensor: &SourceTensor<'_>) -> Result<Vec<f32>> {
     let values = tensor.to_f32();
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(values),
@@ -264,8 +269,17 @@ impl<'a> Loader<'a> {
 
     /// A vector of f32 `[padded(sum of lengths)]`: tensors one after another.
     pub(super) fn vector(&mut self, parts: &[(String, usize, Option<Heads>)]) -> Result<Tensor> {
+        self.vector_with_room(parts, 0)
+    }
+
+    /// [`Loader::vector`] with room for so many values more.
+    pub(super) fn vector_with_room(
+        &mut self,
+        parts: &[(String, usize, Option<Heads>)],
+        room: usize,
+    ) -> Result<Tensor> {
         let length = |n: usize, heads: Option<Heads>| heads.map_or(n, |h| n / h.dim * h.stride);
-        let total: usize = parts.iter().map(|(_, n, heads)| length(*n, *heads)).sum();
+        let total = room + parts.iter().map(|(_, n, heads)| length(*n, *heads)).sum::<usize>();
         let tensor = self.alloc(&parts[0].0, &[padded(total)], DType::F32)?;
         let Target::Device(source, device) = &mut self.target else { return Ok(tensor) };
         let mut values = Vec::with_capacity(padded(total));

@@ -26,7 +26,7 @@ pub use rope::RopeScaling;
 pub use scratch::{Limits, Scratch, StepInputs, StepShape};
 pub use shard::ExpertShard;
 pub use spec::{AttentionSpec, FfnSpec, LayerSpec, ModelSpec, MoeSpec, Names, SharedSpec};
-pub use swap::pack_experts;
+pub use swap::{NewExperts, PackedRouter, pack_experts};
 pub use transformer::Model;
 
 /// A model that cannot be built from its files.
@@ -48,5 +48,18 @@ pub enum ModelError {
         key: String,
         /// What is wrong with it.
         cause: String,
+    },
+    /// Room for more experts where there can be none.
+    #[error(
+        "--spare-experts {n}: beside {n_experts} experts there is room for multiples of {unit} (a \
+         group of the router), for 1024 experts and 32 groups in all"
+    )]
+    Spare {
+        /// What was asked for.
+        n: usize,
+        /// Experts of a layer.
+        n_experts: usize,
+        /// Experts that come together.
+        unit: usize,
     },
 }

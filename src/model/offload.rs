@@ -78,14 +78,15 @@ impl ExpertCache {
         for ((index, moe), experts) in spec.moe_layers().zip(model.routed_experts()) {
             let (_, names) = names(|name| source.contains(name), spec, index);
             let shape = BankShape::of(spec, moe, names, model.precision);
-            let mut host = Vec::with_capacity(shape.n_experts);
-            for expert in 0..shape.n_experts {
+            let n_experts = moe.routing.n_experts;
+            let mut host = Vec::with_capacity(n_experts);
+            for expert in 0..n_experts {
                 let bytes = shape.pack(source, expert)?;
                 host.push(device.keep_on_host("expert", &bytes)?);
                 progress(bytes.len() as u64);
             }
             let (banks, (n_slots, map)) = (experts.banks().clone(), experts.places());
-            let slots = SlotCache::new(shape.n_experts, n_slots, options.policy);
+            let slots = SlotCache::new(n_experts, n_slots, options.policy);
             let map = map.expect("layers with slots have a map");
             layers.push(Layer { host, banks, slots, map, written: Vec::new() });
         }
@@ -102,7 +103,7 @@ impl ExpertCache {
 fn sizes(spec: &ModelSpec, precision: Precision) -> impl Iterator<Item = (u64, usize)> {
     spec.moe_layers().map(move |(index, moe)| {
         let shape = BankShape::of(spec, moe, names(|_| false, spec, index).1, precision);
-        (shape.expert_bytes(), shape.n_experts)
+        (shape.expert_bytes(), moe.routing.n_experts)
     })
 }
 

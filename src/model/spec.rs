@@ -1,9 +1,12 @@
 //! What a network looks like, in numbers: the common language between `arch/`, which reads it from
 //! a configuration, and the layers, which are built from it.
 
-use crate::kernels::{QkNorm, Routing};
+use crate::kernels::{MAX_GROUPS, QkNorm, Routing};
 
 use super::{ModelError, config::bad, rope::RopeScaling};
+
+/// Experts that a layer may have.
+pub(super) const MOST_EXPERTS: usize = 1024;
 
 /// A decoder-only transformer with dense or mixture-of-experts feed-forward layers.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,14 +77,38 @@ pub enum FfnSpec {
 /// A mixture of gated MLPs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MoeSpec {
-    /// How experts are chosen and weighted.
+    /// How experts are chosen and weighted, and the numbers that they can have.
     pub routing: Routing,
+    /// The last of those numbers, which no expert has yet: room for more of them.
+    pub n_spare: usize,
     /// A bias that takes part in the choice, not in the weights.
     pub correction_bias: bool,
     /// Intermediate width of one expert.
     pub intermediate_size: usize,
     /// An expert that sees every token.
     pub shared: Option<SharedSpec>,
+}
+
+impl MoeSpec {
+    /// Experts that are there.
+    pub fn n_present(&self) -> usize {
+        self.routing.n_experts - self.n_spare
+    }
+
+    /// Experts that come together: a group, where the router chooses groups first.
+    pub fn unit(&self) -> usize {
+        match self.routing.n_group {
+            1 => 1,
+            n_group => self.routing.n_experts / n_group,
+        }
+    }
+
+    /// How the router chooses among those that are there.
+    pub fn choice(&self) -> Routing {
+        let n_experts = self.n_present();
+        let n_group = if self.routing.n_group == 1 { 1 } else { n_experts / self.unit() };
+        Routing { n_experts, n_group, ..self.routing }
+    }
 }
 
 /// The shared expert of a mixture.
@@ -111,9 +138,50 @@ impl Names {
 }
 
 impl ModelSpec {
-    /// Largest number of experts in a layer; 0 for a dense model.
+    /// Largest number of experts that a layer has room for; 0 for a dense model.
     pub fn n_experts(&self) -> usize {
         self.moe_layers().map(|(_, moe)| moe.routing.n_experts).max().unwrap_or(0)
+    }
+
+    /// Largest number of experts that are there in a layer; 0 for a dense model.
+    pub fn n_present(&self) -> usize {
+        self.moe_layers().map(|(_, moe)| moe.n_present()).max().unwrap_or(0)
+    }
+
+    /// The same model with room for so many more experts in each layer.
+    ///
+    /// # Errors
+    /// [`ModelError::Spare`] for parts of a group where the router chooses groups, and where the
+    /// kernels take no more experts or groups.
+    pub fn with_spare_experts(mut self, n: usize) -> Result<Self, ModelError> {
+        for moe in self.moe_layers_mut() {
+            let (unit, routing) = (moe.unit(), &mut moe.routing);
+            routing.n_experts += n;
+            if routing.n_group > 1 {
+                routing.n_group = routing.n_experts / unit;
+            }
+            let is_too_much = routing.n_experts > MOST_EXPERTS || routing.n_group > MAX_GROUPS;
+            if n > 0 && (!n.is_multiple_of(unit) || is_too_much) {
+                let n_experts = routing.n_experts - n;
+                return Err(ModelError::Spare { n, n_experts, unit });
+            }
+            moe.n_spare += n;
+        }
+        Ok(self)
+    }
+
+    /// Notes that so many experts of each layer are there.
+    pub(crate) fn set_present(&mut self, n: usize) {
+        for moe in self.moe_layers_mut() {
+            moe.n_spare = moe.routing.n_experts.saturating_sub(n);
+        }
+    }
+
+    fn moe_layers_mut(&mut self) -> impl Iterator<Item = &mut MoeSpec> {
+        self.layers.iter_mut().filter_map(|layer| match &mut layer.ffn {
+            FfnSpec::Moe(moe) => Some(moe),
+            FfnSpec::Dense(_) => None,
+        })
     }
 
     /// Layers that have a router, with their index.

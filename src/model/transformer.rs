@@ -90,11 +90,7 @@ impl Model {
     /// as it does unless told otherwise, or loops over the experts, to compare with.
     #[must_use]
     pub fn with_block_align(mut self, on: bool) -> Self {
-        for layer in &mut self.layers {
-            if let Ffn::Moe(experts) = &mut layer.ffn {
-                experts.routed_mut().set_block_align(on);
-            }
-        }
+        self.experts_mut().for_each(|experts| experts.routed_mut().set_block_align(on));
         self
     }
 
@@ -146,21 +142,25 @@ impl Model {
         banks.fold((0, 0), |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1))
     }
 
-    /// The routed experts of each layer that has some.
-    pub(super) fn routed_experts(&self) -> impl Iterator<Item = &RoutedExperts> {
+    /// The layers that have experts.
+    pub(super) fn experts(&self) -> impl Iterator<Item = &Experts> {
         self.layers.iter().filter_map(|layer| match &layer.ffn {
-            Ffn::Moe(experts) => Some(experts.routed()),
+            Ffn::Moe(experts) => Some(&**experts),
             Ffn::Dense(..) => None,
         })
     }
 
-    /// The routed experts of one of the layers that have some.
-    pub(super) fn routed_experts_mut(&mut self, layer: usize) -> Option<&mut RoutedExperts> {
-        let experts = self.layers.iter_mut().filter_map(|layer| match &mut layer.ffn {
-            Ffn::Moe(experts) => Some(experts.routed_mut()),
+    /// The same, to change some.
+    pub(super) fn experts_mut(&mut self) -> impl Iterator<Item = &mut Experts> {
+        self.layers.iter_mut().filter_map(|layer| match &mut layer.ffn {
+            Ffn::Moe(experts) => Some(&mut **experts),
             Ffn::Dense(..) => None,
-        });
-        experts.into_iter().nth(layer)
+        })
+    }
+
+    /// The routed experts of each layer that has some.
+    pub(super) fn routed_experts(&self) -> impl Iterator<Item = &RoutedExperts> {
+        self.experts().map(Experts::routed)
     }
 
     /// Longest context that the rotary table covers.

@@ -278,7 +278,9 @@ impl Exchange for Sharded {
                 if worker.blocks() == last {
                     let Visit { ids, weights, x, .. } = visit;
                     let rows = Rows { x, ids, weights, n: visit.tokens.len() };
-                    worker.submit(at.layer, &rows).map_err(|e| failed(visit.rank, &e))?;
+                    worker
+                        .submit(at.layer, &rows)
+                        .map_err(|e| ParallelError::worker(visit.rank, e))?;
                     self.stats.bytes_sent += (x.len() + 8 * ids.len()) as u64;
                 }
             }
@@ -288,7 +290,7 @@ impl Exchange for Sharded {
         for visit in &visits {
             let start = Instant::now();
             let worker = &mut self.workers[visit.rank - 1];
-            let part = worker.finish().map_err(|e| failed(visit.rank, &e))?;
+            let part = worker.finish().map_err(|e| ParallelError::worker(visit.rank, e))?;
             self.stats.waited += start.elapsed();
             self.stats.bytes_received += 4 * part.len() as u64;
             for (&token, part) in visit.tokens.iter().zip(part.chunks(cols)) {
@@ -311,14 +313,14 @@ impl Exchange for Sharded {
         let place = self.owners[layer].places(expert).find(|place| place.0 > 0);
         let Some((rank, place)) = place else { return Ok(None) };
         let read = self.workers[rank - 1].read_expert(layer, place);
-        Ok(Some(read.map_err(|e| failed(rank, &e))?))
+        Ok(Some(read.map_err(|e| ParallelError::worker(rank, e))?))
     }
 
     fn write_expert(&mut self, _: &mut Device, new: &PackedExpert) -> Result<()> {
         for (rank, place) in self.owners[new.layer].places(new.expert).filter(|p| p.0 > 0) {
             let worker = &mut self.workers[rank - 1];
             let written = worker.write_expert(new.layer, place, &new.bytes);
-            written.map_err(|e| failed(rank, &e))?;
+            written.map_err(|e| ParallelError::worker(rank, e))?;
         }
         Ok(())
     }
@@ -332,7 +334,7 @@ impl Exchange for Sharded {
         let owners = (&self.owners[layer], new);
         for (worker, rank) in self.workers.iter_mut().zip(1..) {
             let moved = worker.rearrange(layer, owners, rank, packed);
-            moved.map_err(|e| failed(rank, &e))?;
+            moved.map_err(|e| ParallelError::worker(rank, e))?;
         }
         Arc::make_mut(&mut self.owners)[layer] = new.clone();
         Ok(())
@@ -340,7 +342,7 @@ impl Exchange for Sharded {
 
     fn probe(&self) -> Result<()> {
         for (worker, rank) in self.workers.iter().zip(1..) {
-            worker.probe().map_err(|e| failed(rank, &e))?;
+            worker.probe().map_err(|e| ParallelError::worker(rank, e))?;
         }
         Ok(())
     }
@@ -352,8 +354,4 @@ impl Exchange for Sharded {
     fn owners(&self) -> Option<Arc<Vec<Owners>>> {
         Some(self.owners.clone())
     }
-}
-
-fn failed(rank: usize, error: &crate::Error) -> ParallelError {
-    ParallelError::Worker { rank, cause: error.to_string() }
 }

@@ -84,11 +84,18 @@ pub enum ParallelError {
     #[error("an expert cache works on one device; leave out --devices or --expert-cache-memory")]
     CacheOnSeveral,
     /// A device that computes experts for another one failed.
-    #[error("device {rank}, which holds some of the experts, failed: {cause}")]
+    #[error("device {rank}, which holds some of the experts, failed: {source}")]
     Worker {
         /// Which one; 0 is the primary.
         rank: usize,
         /// What it said.
-        cause: String,
+        source: Box<crate::Error>,
     },
+}
+
+impl ParallelError {
+    /// That the device of a rank said this.
+    pub(crate) fn worker(rank: usize, error: crate::Error) -> Self {
+        Self::Worker { rank, source: Box::new(error) }
+    }
 }

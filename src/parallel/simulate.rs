@@ -103,6 +103,8 @@ pub struct Adapter {
     pub flops: f64,
     /// Bytes that it holds.
     pub memory: f64,
+    /// Seconds that a layer takes however little it computes: launches that wait for each other.
+    pub layer: f64,
 }
 
 /// What joins the adapters.
@@ -138,8 +140,10 @@ pub struct Scenario {
     pub tokens: usize,
     /// Positions that each token looks back over.
     pub context: usize,
-    /// Bytes of a weight.
-    pub weight_bytes: f64,
+    /// Bytes of an expert's weight.
+    pub expert_bytes: f64,
+    /// Bytes of any other weight.
+    pub dense_bytes: f64,
     /// Copies of experts beyond one of each, over all adapters.
     pub redundant: usize,
     /// Share of a layer's work that each expert has. `[layers of the trace][experts]`
@@ -205,10 +209,10 @@ impl Scenario {
         Ok(all)
     }
 
-    /// Seconds to read and multiply matrices of so many weights with so many rows.
+    /// Seconds to read and multiply dense matrices of so many weights with so many rows.
     fn seconds(&self, weights: f64, rows: f64) -> f64 {
         let Adapter { bandwidth, flops, .. } = self.adapter;
-        (weights * self.weight_bytes / bandwidth).max(2.0 * weights * rows / flops)
+        (weights * self.dense_bytes / bandwidth).max(2.0 * weights * rows / flops)
     }
 
     fn step(&self, n: usize, placement_name: &'static str, placement: &Placement) -> Prediction {
@@ -218,7 +222,8 @@ impl Scenario {
             Dense::Everywhere => (tokens / n as f64).ceil(),
         };
         let kv = rows * self.context as f64 * s.kv_bytes;
-        let attention = self.seconds(s.attention_weights, rows) + kv / self.adapter.bandwidth;
+        let Adapter { bandwidth, layer, .. } = self.adapter;
+        let attention = layer + self.seconds(s.attention_weights, rows) + kv / bandwidth;
         let dense = s.n_dense as f64 * (attention + self.seconds(s.dense_weights, rows))
             + s.n_moe as f64 * (attention + self.seconds(s.shared_weights, rows))
             + self.seconds(s.head_weights, rows);
@@ -238,7 +243,8 @@ impl Scenario {
             + s.dense_weights * s.n_dense as f64
             + s.shared_weights * s.n_moe as f64
             + 2.0 * s.head_weights;
-        let memory = self.weight_bytes * (per_layer * s.expert_weights * s.n_moe as f64 + rest)
+        let memory = self.expert_bytes * per_layer * s.expert_weights * s.n_moe as f64
+            + self.dense_bytes * rest
             + kv * n_layers;
         Prediction {
             n,
@@ -267,7 +273,7 @@ impl Scenario {
             let Adapter { bandwidth, flops, .. } = self.adapter;
             let weights = self.shape.expert_weights;
             let time =
-                (read * weights * self.weight_bytes / bandwidth).max(2.0 * weights * work / flops);
+                (read * weights * self.expert_bytes / bandwidth).max(2.0 * weights * work / flops);
             compute = compute.max(time);
             // Rows with a chosen expert here.
             let p: f64 = held().sum();
@@ -344,12 +350,13 @@ mod tests {
         let trace = zipf(4, shape.n_experts, 0.0);
         Scenario {
             shape,
-            adapter: Adapter { bandwidth: 1e12, flops: 1e14, memory: 80e9 },
+            adapter: Adapter { bandwidth: 1e12, flops: 1e14, memory: 80e9, layer: 0.0 },
             link: Link { bandwidth: 25e9, latency: 20e-6 },
             dense: Dense::Primary,
             tokens: 1,
             context: 0,
-            weight_bytes: 1.0,
+            expert_bytes: 1.0,
+            dense_bytes: 1.0,
             redundant: 0,
             trace,
         }
@@ -381,6 +388,12 @@ mod tests {
         // 37 B bytes at 1 TB/s; all is read by the one adapter, and nothing is sent.
         assert!((one.step / 37e-3 - 1.0).abs() < 0.05, "{one:?}");
         assert_eq!((one.exchange, one.balancedness, one.fits), (0.0, 1.0, false));
+        let adapter = Adapter { layer: 1e-5, ..scenario.adapter };
+        let slower = Scenario { adapter, ..scenario.clone() }.predict(1).unwrap();
+        assert!((slower.step - one.step - 61e-5).abs() < 1e-9, "{slower:?}");
+        // 17.6 B of the active weights are not experts'.
+        let wide = Scenario { dense_bytes: 2.0, ..scenario.clone() }.predict(1).unwrap();
+        assert!(((wide.step - one.step) / 17.6e-3 - 1.0).abs() < 0.1, "{wide:?}");
         let many = scenario.predict(16).unwrap();
         assert!(many.exchange > 0.0 && many.fits, "{many:?}");
         // 58 layers, two ways, 20 us.

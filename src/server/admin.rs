@@ -1,5 +1,6 @@
-//! `POST /admin/experts`: experts of a safetensors file take the place of loaded ones, while
-//! requests run. Off unless the server was given a folder of such files, and never without a key.
+//! `POST /admin/experts`: experts of a safetensors file take the place of loaded ones or join them,
+//! while requests run. Off unless the server was given a folder of such files, and never without a
+//! key.
 
 use std::{
     fs::File,
@@ -16,7 +17,7 @@ use axum::{
 use serde_json::{Value, json};
 
 use crate::{
-    model::{ModelSpec, pack_experts},
+    model::{ModelSpec, NewExperts, pack_experts},
     parallel::PackedExpert,
     weights::Checkpoint,
 };
@@ -26,7 +27,7 @@ use super::{ApiError, App, app::read_fields, blocking};
 /// Room for a file's header beside its weights, bytes.
 const HEADER_BYTES: u64 = 64 << 20;
 
-pub(super) async fn replace_experts(
+pub(super) async fn take_experts(
     State(app): State<Arc<App>>,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
@@ -46,13 +47,16 @@ pub(super) async fn replace_experts(
     let new = blocking(move || pack(&owned, &dir, &file)).await?;
     let layers: Vec<usize> = app.spec.moe_layers().map(|(index, _)| index).collect();
     let names = |e: &PackedExpert| json!({"layer": layers[e.layer], "expert": e.expert});
-    let replaced: Vec<Value> = new.iter().map(names).collect();
-    app.engine.replace_experts(new).await?;
-    Ok(Json(json!({"replaced": replaced})))
+    let is_added = |e: &&PackedExpert| e.expert >= new.n_before;
+    let added: Vec<Value> = new.experts.iter().filter(is_added).map(names).collect();
+    let replaced = new.experts.iter().filter(|e| !is_added(e)).map(names);
+    let answer = json!({"replaced": replaced.collect::<Vec<_>>(), "added": added});
+    app.engine.take_experts(new).await?;
+    Ok(Json(answer))
 }
 
 /// Reads, checks and packs all experts of a file; nothing has changed when this fails.
-fn pack(app: &App, dir: &Path, file: &str) -> Result<Vec<PackedExpert>, ApiError> {
+fn pack(app: &App, dir: &Path, file: &str) -> Result<NewExperts, ApiError> {
     let wrong = |why: String| ApiError::field("file", why);
     let parts: Vec<Component<'_>> = Path::new(file).components().collect();
     if !matches!(parts[..], [Component::Normal(name)] if name == file) {
@@ -61,7 +65,9 @@ fn pack(app: &App, dir: &Path, file: &str) -> Result<Vec<PackedExpert>, ApiError
     let limit = largest_file(&app.spec);
     let bytes = read(dir.join(file), limit).map_err(|e| wrong(format!("{file:?}: {e}")))?;
     let source = Checkpoint::from_bytes(file, bytes).map_err(|e| wrong(e.to_string()))?;
-    pack_experts(&app.spec, app.precision, &source).map_err(|e| wrong(e.to_string()))
+    let mut spec = app.spec.clone();
+    spec.set_present(app.engine.stats().experts.n_present);
+    pack_experts(&spec, app.precision, &source).map_err(|e| wrong(e.to_string()))
 }
 
 /// Into memory: a mapped file that somebody cuts off would take the server down.

@@ -60,7 +60,7 @@ pub fn app(state: Arc<App>) -> Router {
         .route("/load", get(status::load))
         .route("/openapi.json", get(openapi::document))
         .route("/moe/stats", get(experts::stats))
-        .route("/admin/experts", post(admin::replace_experts))
+        .route("/admin/experts", post(admin::take_experts))
         .fallback(async || {
             ApiError::new(StatusCode::NOT_FOUND, "there is no such path; see /openapi.json")
         })

@@ -26,7 +26,7 @@ fn utilization(experts: &ExpertStats) -> f64 {
 fn active(experts: &ExpertStats) -> f64 {
     let active: u64 = experts.layers.iter().map(|l| l.active).sum();
     let steps: u64 = experts.layers.iter().map(|l| l.steps).sum();
-    active as f64 / (steps * experts.n_experts as u64).max(1) as f64
+    active as f64 / (steps * experts.n_present as u64).max(1) as f64
 }
 
 /// Largest load of an expert over the mean of its layer, averaged over layers; 1 is balance.
@@ -36,8 +36,7 @@ fn imbalance(experts: &ExpertStats) -> f64 {
         let max = tokens.iter().max().copied().unwrap_or(0);
         (sum > 0).then(|| max as f64 * tokens.len() as f64 / sum as f64)
     };
-    let layers = experts.tokens.chunks(experts.n_experts.max(1)).filter_map(layer);
-    let ratios: Vec<f64> = layers.collect();
+    let ratios: Vec<f64> = experts.rows().filter_map(layer).collect();
     if ratios.is_empty() { 1.0 } else { ratios.iter().sum::<f64>() / ratios.len() as f64 }
 }
 
@@ -76,11 +75,12 @@ pub(super) fn metrics(page: &mut Page, stats: &EngineStats, per_expert: bool) {
     page.gauge("vllm_moe_device_bytes", help, stats.device_bytes as f64);
     exchange_metrics(page, stats);
     if per_expert && experts.n_experts > 0 {
-        let series = experts.tokens.iter().enumerate().map(|(i, &tokens)| {
-            let (row, expert) = (i / experts.n_experts, i % experts.n_experts);
-            let layer = experts.layers.get(row).map_or(row, |l| l.layer);
-            let labels = [label("layer", &layer.to_string()), label("expert", &expert.to_string())];
-            (labels.join(","), tokens as f64)
+        let series = experts.rows().zip(&experts.layers).flat_map(|(row, layer)| {
+            let layer = label("layer", &layer.layer.to_string());
+            row.iter().enumerate().map(move |(expert, &tokens)| {
+                let expert = label("expert", &expert.to_string());
+                (format!("{layer},{expert}"), tokens as f64)
+            })
         });
         let help = "Tokens that each expert computed.";
         page.series("vllm_moe_expert_tokens_total", "counter", help, series);
@@ -134,18 +134,18 @@ fn exchange_metrics(page: &mut Page, stats: &EngineStats) {
     page.gauge("vllm_moe_expert_cache_resident_ratio", help, share);
 }
 
-/// The devices that hold each expert of a layer.
-fn devices(owners: &Owners) -> Vec<Vec<usize>> {
+/// The devices that hold each of the first `n` experts of a layer.
+fn devices(owners: &Owners, n: usize) -> Vec<Vec<usize>> {
     let of = |expert| owners.places(expert).map(|(device, _)| device).collect();
-    (0..owners.n_experts()).map(of).collect()
+    (0..n.min(owners.n_experts())).map(of).collect()
 }
 
 /// `GET /moe/stats`: counts since the start, one row of experts for each layer that has some.
 pub(super) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
     let stats = app.engine.stats();
     let experts = &stats.experts;
-    let rows = experts.tokens.chunks(experts.n_experts.max(1));
-    let layers: Vec<Value> = rows
+    let layers: Vec<Value> = experts
+        .rows()
         .zip(&experts.layers)
         .enumerate()
         .map(|(i, (tokens, layer))| {
@@ -153,7 +153,7 @@ pub(super) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
             json!({
                 "layer": layer.layer,
                 "tokens": tokens,
-                "devices": owners.map(devices),
+                "devices": owners.map(|owners| devices(owners, experts.n_present)),
                 "slots_used": layer.slots_used,
                 "slots": layer.slots,
                 "active_experts": layer.active,
@@ -162,7 +162,7 @@ pub(super) async fn stats(State(app): State<Arc<App>>) -> Json<Value> {
         })
         .collect();
     Json(json!({
-        "n_experts": experts.n_experts,
+        "n_experts": experts.n_present,
         "layers": layers,
         "utilization": utilization(experts),
         "active": active(experts),

@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::{Error, Result};
+use crate::{Error, Result, device::DeviceError, parallel::ParallelError};
 
 use super::ApiError;
 
@@ -35,8 +35,9 @@ impl Cause {
     fn of(error: &Error) -> Self {
         match error {
             Error::Device(error) if error.is_out_of_memory() => Self::Memory,
-            Error::Device(crate::device::DeviceError::Timeout { .. }) => Self::Hang,
+            Error::Device(DeviceError::Timeout { .. }) => Self::Hang,
             Error::Device(error) if error.is_loss() => Self::Lost,
+            Error::Parallel(ParallelError::Worker { source, .. }) => Self::of(source),
             _ => Self::Other,
         }
     }
@@ -71,6 +72,23 @@ pub(super) fn attempt<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result
         Err(_) => {
             eprintln!("error: {what} panicked");
             Err(Cause::Other)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_of_experts_fails_like_the_primary_one() {
+        for (error, cause) in [
+            (DeviceError::Timeout { seconds: 1 }, Cause::Hang),
+            (DeviceError::OutOfMemory { bytes: 1 }, Cause::Memory),
+            (DeviceError::Lost { message: String::new() }, Cause::Lost),
+        ] {
+            let worker = ParallelError::worker(1, error.into());
+            assert_eq!(Cause::of(&worker.into()), cause);
         }
     }
 }

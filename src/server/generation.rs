@@ -17,8 +17,9 @@ use crate::{
 
 use super::{
     ApiError, App,
+    job::{Ending, Event, Job},
     sampling::Ask,
-    worker::{Admission, Ending, Event, Job, Ticket, finish_name},
+    worker::{Admission, Ticket, finish_name},
 };
 
 /// Token counts of a request.

@@ -14,6 +14,7 @@ mod fields;
 mod generation;
 mod grammar;
 mod histogram;
+mod job;
 mod listen;
 mod metrics;
 mod models;

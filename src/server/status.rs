@@ -59,7 +59,10 @@ fn is_deep(query: &str) -> Result<bool, ApiError> {
 
 /// `GET /info`: what is served, on what, within which limits.
 pub(super) async fn info(State(app): State<Arc<App>>) -> Json<Value> {
-    Json(app.info.clone())
+    let mut info = app.info.clone();
+    // More may have joined since the start.
+    info["model"]["experts"] = app.engine.stats().experts.n_present.into();
+    Json(info)
 }
 
 /// What [`info`] answers.
@@ -80,7 +83,7 @@ pub(super) fn info_of(engine: &mut Engine, config: &ServerConfig, tools: ToolFor
             "architecture": spec.architecture,
             "layers": spec.layers.len(),
             "moe_layers": spec.moe_layers().count(),
-            "experts": spec.n_experts(),
+            "experts": spec.n_present(),
             "experts_per_token": top_k,
             "hidden_size": spec.hidden_size,
             "vocab_size": spec.vocab_size,

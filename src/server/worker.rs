@@ -16,16 +16,18 @@ use std::{
 use tokio::sync::{mpsc as tasks, oneshot};
 
 use crate::{
-    Result,
+    Error, Result,
     engine::{
         Engine, EngineError, EngineStats, FinishReason, Output, Request, RequestId, SamplingParams,
     },
-    parallel::PackedExpert,
+    model::NewExperts,
+    parallel::ParallelError,
 };
 
 use super::{
     ApiError,
     failure::{Cause, Death, attempt},
+    job::{Ending, Event, Job},
     metrics::{Metrics, Phase, RequestTimes},
 };
 
@@ -42,47 +44,14 @@ const IDLE_TICK: Duration = Duration::from_millis(500);
 /// Statistics are copied at most this often while the engine is busy.
 const STATS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A request and where its tokens go.
-#[derive(Debug)]
-pub(super) struct Job {
-    pub(super) request: Request,
-    /// Answers to the same prompt; events name them `first_choice..first_choice + n`.
-    pub(super) n: usize,
-    pub(super) first_choice: usize,
-    pub(super) arrived: Instant,
-    pub(super) events: tasks::UnboundedSender<Event>,
-    /// Hears whether the engine takes the request.
-    pub(super) accepted: oneshot::Sender<Result<(), ApiError>>,
-    /// The field that holds the prompt, for errors.
-    pub(super) param: &'static str,
-}
-
-/// What a request hears from the engine.
-#[derive(Debug)]
-pub(super) enum Event {
-    /// A token of choice `.0`, or its end.
-    Output(usize, Output),
-    /// The engine or this request failed.
-    Failed(ApiError),
-}
-
-/// Why the server ends a request before the engine does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ending {
-    /// A stop string was found.
-    Stop,
-    /// The client is gone, too slow, or out of time.
-    Abort,
-}
-
 enum Command {
     Submit(u64, Box<Job>),
     /// Ends one choice of a job, or all of them.
     End(u64, Option<usize>, Ending),
     /// Fails everything with this error, as at the end of a drain.
     FailAll(ApiError),
-    /// Replaces experts before the next step, and says how that went.
-    Replace(Vec<PackedExpert>, oneshot::Sender<Result<(), ApiError>>),
+    /// Replaces and adds experts before the next step, and says how that went.
+    Take(NewExperts, oneshot::Sender<Result<(), ApiError>>),
 }
 
 /// What the worker shows to everybody.
@@ -132,6 +101,7 @@ impl EngineHandle {
             inbox,
             build,
             live: HashMap::new(),
+            taken: NewExperts::default(),
             fruitless: 0,
             published: Instant::now(),
             last: EngineStats::default(),
@@ -164,10 +134,10 @@ impl EngineHandle {
         Ticket { handle: self.clone(), id }
     }
 
-    /// Replaces experts before the next step: all or none.
-    pub(super) async fn replace_experts(&self, new: Vec<PackedExpert>) -> Result<(), ApiError> {
+    /// Replaces and adds experts before the next step: all or none.
+    pub(super) async fn take_experts(&self, new: NewExperts) -> Result<(), ApiError> {
         let (done, answer) = oneshot::channel();
-        let _ = self.commands.send(Command::Replace(new, done));
+        let _ = self.commands.send(Command::Take(new, done));
         let gone = |_| ApiError::unavailable("the engine has stopped; the server is restarting");
         answer.await.map_err(gone)?
     }
@@ -280,6 +250,8 @@ struct Worker {
     inbox: mpsc::Receiver<Command>,
     build: Build,
     live: HashMap<RequestId, Live>,
+    /// Experts that are not the checkpoint's: an engine that is made again gets them, too.
+    taken: NewExperts,
     /// Engines in a row that failed without having finished a request.
     fruitless: u32,
     published: Instant,
@@ -320,7 +292,15 @@ impl Worker {
         let mut attempts = 0;
         loop {
             attempts += 1;
-            match attempt("loading the model again", &mut self.build) {
+            let (build, taken) = (&mut self.build, &self.taken);
+            let again = || {
+                let mut engine = build()?;
+                if !taken.experts.is_empty() {
+                    engine.take_experts(taken)?;
+                }
+                Ok(engine)
+            };
+            match attempt("loading the model again", again) {
                 Err(cause) if attempts == MAX_REBUILDS => return Err(cause),
                 Err(_) => thread::sleep(Duration::from_secs(u64::from(attempts))),
                 engine => return engine,
@@ -381,12 +361,24 @@ impl Worker {
                     }
                 }
             }
-            Command::Replace(new, done) => {
-                let replaced = engine.replace_experts(&new).map_err(|error| {
-                    eprintln!("error: experts were not replaced: {error}");
-                    ApiError::unavailable("the device failed; the experts are the old ones")
+            Command::Take(new, done) => {
+                let taken = engine.take_experts(&new).map_err(|error| {
+                    eprintln!("error: experts were not taken: {error}");
+                    match error {
+                        Error::Parallel(ParallelError::NewExperts { .. }) => {
+                            ApiError::field("file", error.to_string())
+                        }
+                        _ => {
+                            ApiError::unavailable("the device failed; the experts are the old ones")
+                        }
+                    }
                 });
-                let _ = done.send(replaced);
+                if taken.is_ok() {
+                    self.taken.merge(new);
+                    // Who packs the next file looks there.
+                    self.publish(engine);
+                }
+                let _ = done.send(taken);
             }
             Command::FailAll(error) => {
                 for &id in self.live.keys() {

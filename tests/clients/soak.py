@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""What a long day does to a server: many short requests, or clients killed in mid-stream.
+"""What a long day does to a server: many short requests, clients killed in mid-stream, and clients
+that stop reading.
 
-    tests/clients/soak.py [--url http://127.0.0.1:8000] [--pid PID] [--requests 10000] [--kill 1000]
+    tests/clients/soak.py [--url http://127.0.0.1:8000] [--pid PID]
+        [--requests 10000] [--kill 1000] [--stall 64]
 
 Prints memory and cache use as JSON lines; exits with 1 if blocks or requests are left behind, a
 request fails, or memory grows by more than 2 % in the second half: the first makes the plans of
-all shapes of steps. Needs only Python.
+all shapes of steps. Clients that stop reading must not make others wait: the 99th percentile of
+the time between two events is set beside that of as many clients that read. Needs only Python.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import re
 import socket
 import struct
 import sys
+import time
 import urllib.parse
 import urllib.request
 
@@ -70,6 +74,58 @@ async def killed(host: str, port: int, i: int) -> bool:
     return True
 
 
+async def neighbour(host: str, port: int, i: int, reads: bool) -> None:
+    """A loud stream, whose client stops to read after the first bytes, or goes on."""
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(raw, (host, port))
+        reader, writer = await asyncio.open_connection(sock=raw, limit=4096)
+        writer.write(request(host, i, True, 100))
+        if reads:
+            while await reader.read(4096):
+                pass
+        else:
+            await reader.read(1)
+            await asyncio.sleep(120)
+
+
+async def gaps(host: str, port: int, i: int) -> list[float]:
+    """Seconds between the events of a stream that is read."""
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(request(host, i, True, 100))
+    times = []
+    while (line := await reader.readline()) and b"[DONE]" not in line:
+        if line.startswith(b"data:"):
+            times.append(time.perf_counter())
+    writer.close()
+    return [b - a for a, b in zip(times, times[1:])]
+
+
+async def percentile(url: str, n: int, reads: bool) -> float:
+    """99th percentile of the gaps of 8 streams beside `n` others that are read, or are not."""
+    target = urllib.parse.urlsplit(url)
+    place = target.hostname, target.port
+    streams = [asyncio.create_task(gaps(*place, n + i)) for i in range(8)]
+    await asyncio.sleep(0.05)
+    others = [asyncio.create_task(neighbour(*place, i, reads)) for i in range(n)]
+    found = await asyncio.gather(*streams)
+    for other in others:
+        other.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    ordered = sorted(gap for stream in found for gap in stream)
+    return ordered[len(ordered) * 99 // 100]
+
+
+async def stalled(url: str, n: int) -> bool:
+    """Whether streams are as even beside clients that stop reading as beside others."""
+    # In turns, for the machine's speed changes; the best of each is least disturbed.
+    rounds = [[await percentile(url, n, reads) for reads in (True, False)] for _ in range(3)]
+    read, unread = (min(column) for column in zip(*rounds))
+    print(json.dumps({"what": "stalled", "p99 beside readers": read, "beside none": unread}))
+    return unread < 1.1 * read
+
+
 async def many(url: str, pid: int | None, n: int, concurrency: int, one) -> bool:
     """Runs `one` n times; whether all was well and memory flat."""
     target = urllib.parse.urlsplit(url)
@@ -103,12 +159,15 @@ def main() -> int:
     parser.add_argument("--pid", type=int, help="the server's, to watch its memory")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--kill", type=int, default=1000)
+    parser.add_argument("--stall", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=16)
     args = parser.parse_args()
     well = True
     for n, one in ((args.kill, killed), (args.requests, answered)):
         if n:
             well &= asyncio.run(many(args.url, args.pid, n, args.concurrency, one))
+    if args.stall:
+        well &= asyncio.run(stalled(args.url, args.stall))
     return 0 if well else 1
 
 

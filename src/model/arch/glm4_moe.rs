@@ -6,7 +6,7 @@ use crate::{
     model::{
         ModelError, ModelSpec,
         config::Config,
-        spec::{FfnSpec, MoeSpec, Names, SharedSpec},
+        spec::{FfnSpec, MOST_EXPERTS, MoeSpec, Names, SharedSpec},
     },
 };
 
@@ -29,13 +29,14 @@ pub(super) fn parse(config: &Config<'_>) -> Result<ModelSpec, ModelError> {
     let moe = MoeSpec {
         routing: Routing {
             scoring: Scoring::Sigmoid,
-            n_experts: config.count("n_routed_experts", 1..=1024)?,
+            n_experts: config.count("n_routed_experts", 1..=MOST_EXPERTS)?,
             top_k: config.count("num_experts_per_tok", 1..=64)?,
             n_group: config.count_opt("n_group", 1..=32)?.unwrap_or(1),
             topk_group: config.count_opt("topk_group", 1..=32)?.unwrap_or(1),
             renormalize: config.flag("norm_topk_prob", true)?,
             scale: config.number("routed_scaling_factor", 1e-6..=1e6)?.unwrap_or(1.0) as f32,
         },
+        n_spare: 0,
         correction_bias: true,
         intermediate_size: width,
         shared: (n_shared > 0)

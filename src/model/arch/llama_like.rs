@@ -6,7 +6,7 @@ use crate::{
         ModelError,
         config::{Config, bad},
         rope::RopeScaling,
-        spec::{AttentionSpec, FfnSpec, LayerSpec, ModelSpec, Names},
+        spec::{AttentionSpec, FfnSpec, LayerSpec, MOST_EXPERTS, ModelSpec, Names},
     },
 };
 
@@ -75,7 +75,7 @@ pub(super) fn softmax_routing(
     let key = if config.get("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
     Ok(Routing {
         scoring: Scoring::Softmax,
-        n_experts: config.count(key, 1..=1024)?,
+        n_experts: config.count(key, 1..=MOST_EXPERTS)?,
         top_k: config.count("num_experts_per_tok", 1..=64)?,
         n_group: 1,
         topk_group: 1,

@@ -13,6 +13,7 @@ pub(super) fn parse(config: &Config<'_>) -> Result<ModelSpec, ModelError> {
     spec.names = Names { moe: "block_sparse_moe", expert: ["w1", "w3", "w2"], ..Names::COMMON };
     let moe = MoeSpec {
         routing: llama_like::softmax_routing(config, true)?,
+        n_spare: 0,
         correction_bias: false,
         intermediate_size: llama_like::intermediate_size(config)?,
         shared: None,

@@ -23,6 +23,7 @@ pub(super) fn parse(config: &Config<'_>) -> Result<ModelSpec, ModelError> {
     spec.attention.qk_norm = QkNorm::Full;
     let moe = MoeSpec {
         routing: llama_like::softmax_routing(config, config.flag("norm_topk_prob", false)?)?,
+        n_spare: 0,
         correction_bias: false,
         intermediate_size: llama_like::intermediate_size(config)?,
         shared: None,

@@ -21,6 +21,7 @@ pub(super) fn parse(config: &Config<'_>) -> Result<ModelSpec, ModelError> {
     llama_like::set_windows(&mut spec, config, |_| true)?;
     let moe = MoeSpec {
         routing: llama_like::softmax_routing(config, config.flag("norm_topk_prob", false)?)?,
+        n_spare: 0,
         correction_bias: false,
         intermediate_size: config.count("moe_intermediate_size", 1..=1 << 20)?,
         shared: None,
