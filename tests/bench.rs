@@ -15,7 +15,7 @@ use moewe::{
 };
 use serde_json::Value;
 
-use crate::program::{command, run};
+use crate::program::{command, finish, run};
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|e| panic!("{e} in {text}"))
@@ -206,6 +206,37 @@ fn latency_is_that_of_whole_batches() {
     let percentiles = &report["percentiles"];
     check_positive(percentiles, &["10", "25", "50", "75", "90", "99"]);
     assert!(percentiles["10"].as_f64() <= percentiles["90"].as_f64(), "{report}");
+}
+
+#[test]
+fn what_is_tuned_is_remembered() {
+    let cache = tempfile::tempdir().expect("a temporary directory");
+    let tune = |more: &[&str]| {
+        let mut command = command(&[&["bench", "tune"], more].concat());
+        command.env("XDG_CACHE_HOME", cache.path());
+        finish(command, "")
+    };
+    let remembered = || {
+        let files = std::fs::read_dir(cache.path().join("moewe")).into_iter().flatten();
+        let paths = files.map(|file| file.expect("readable").path());
+        let mut tuned = paths.filter(|path| path.extension().is_some_and(|e| e == "json"));
+        tuned.next().map(|path| json(&std::fs::read_to_string(path).expect("readable")))
+    };
+    tune(&["--tokens", "1", "--dry-run"]).stdout();
+    assert_eq!(remembered(), None);
+    let ran = tune(&["--tokens", "1,4"]);
+    assert!(ran.stderr.contains("remembered in"), "{}", ran.stderr);
+    let table = ran.stdout();
+    assert_eq!(table.lines().filter(|line| line.contains("best")).count(), 2, "{table}");
+    let all = remembered().expect("a file");
+    let (name, choices) = all.as_object().and_then(|all| all.iter().next()).expect("a shape");
+    assert!(name.contains("4 of 32, w8a16, "), "{name}");
+    let last = choices.as_array().and_then(|choices| choices.last()).expect("choices");
+    assert_eq!(last[0], 4, "{choices}");
+    assert!([1, 16, 32, 64, 128].map(Value::from).contains(&last[1]), "{choices}");
+    for (wrong, says) in [("8,1", "ascending"), ("0", "from 1 to")] {
+        assert!(tune(&["--tokens", wrong]).stderr.contains(says), "{says}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use moewe::{
         Runner, SamplingParams,
     },
     llm::{Llm, LlmOptions},
-    model::{KvCache, Limits, Model, Precision, arch},
+    model::{ExpertShape, KvCache, Limits, Model, Precision, arch},
     weights::{Checkpoint, WeightFormat},
 };
 
@@ -115,6 +115,25 @@ fn experts_one_after_another_give_what_all_at_once_do() {
         };
         let (few, many) = (dispatches(&mut together), dispatches(&mut looped));
         assert!(many > few + 400, "{few} and {many} launches: 7 layers have 32 experts each");
+    }
+}
+
+/// However an adapter was tuned, by whatever mistake: with and without blocks, of every size.
+#[test]
+fn no_choice_of_blocks_changes_greedy_tokens() {
+    let expected = greedy_all(&mut llm(|o| o.weights = Some(F32)).engine, 6);
+    for choice in [1, 16, 32, 7] {
+        let mut llm = llm(|o| o.weights = Some(F32));
+        let runner = llm.engine.runner();
+        let (spec, precision) = (runner.model().spec.clone(), runner.model().precision);
+        let (_, moe) = spec.moe_layers().next().expect("experts");
+        let (shape, caps) = (ExpertShape::of(&spec, moe, precision), runner.device().caps());
+        runner.device().tune(&shape.name(&caps), vec![(usize::MAX, choice)]);
+        let rows = shape.block_tokens(&runner.device().caps(), precision.activations, 7);
+        // There is no block of 7 rows.
+        let by_rule = shape.by_rule(&caps, precision.activations, 7);
+        assert_eq!(rows, if choice == 7 { by_rule } else { choice });
+        assert_eq!(greedy_all(&mut llm.engine, 6), expected, "{choice} rows");
     }
 }
 

@@ -9,6 +9,7 @@ mod plot;
 mod report;
 mod rows;
 mod shapes;
+mod tune;
 mod work;
 
 use std::time::{Duration, Instant};
@@ -30,6 +31,7 @@ pub use plot::{PlotError, plot};
 pub use report::{Memory, Report, expert_bytes};
 pub use rows::{Row, Rows, Workload, rows};
 pub use shapes::{names as shape_names, spec as shape};
+pub use tune::{TuneRow, tune};
 
 /// Devices clock down when idle: load before anything is timed.
 const WARM_UP: Duration = Duration::from_millis(400);

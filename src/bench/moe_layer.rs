@@ -60,13 +60,10 @@ const PROFILES: usize = 5;
 /// # Errors
 /// [`crate::device::DeviceError`] if the device fails.
 pub fn moe_layer(runner: &mut Runner, tokens: usize) -> Result<MoeLayerRow> {
-    let (caps, spec) = (runner.device().caps(), runner.model().spec.clone());
+    let spec = runner.model().spec.clone();
     let moe: Vec<_> = spec.moe_layers().map(|(_, moe)| moe.clone()).collect();
     let (r, n_layers) = (moe[0].routing, moe.len() as f64);
-    runner.fill_random(tokens);
-    let mut rec = Recording::new(&caps);
-    runner.record_experts(&mut rec, tokens);
-    let plan = runner.device().prepare(rec)?;
+    let plan = prepare(runner, tokens)?;
     let microseconds = median_seconds(runner.device(), &plan)? / n_layers * 1e6;
     let visited = visited(runner, tokens, r.n_experts)?;
     let load = Load { tokens, routing: r, visited };
@@ -79,6 +76,20 @@ pub fn moe_layer(runner: &mut Runner, tokens: usize) -> Result<MoeLayerRow> {
         flops: 2.0 * per_expert * (tokens * r.top_k) as f64,
         kernels: kernels(runner, &plan, &load, n_layers)?,
     })
+}
+
+/// Median seconds of a layer.
+pub(super) fn layer_seconds(runner: &mut Runner, tokens: usize) -> Result<f64> {
+    let plan = prepare(runner, tokens)?;
+    let n_layers = runner.model().spec.moe_layers().count() as f64;
+    Ok(median_seconds(runner.device(), &plan)? / n_layers)
+}
+
+fn prepare(runner: &mut Runner, tokens: usize) -> Result<Plan> {
+    runner.fill_random(tokens);
+    let mut rec = Recording::new(&runner.device().caps());
+    runner.record_experts(&mut rec, tokens);
+    Ok(runner.device().prepare(rec)?)
 }
 
 /// Share of the experts that the layers' routers chose in the last run.

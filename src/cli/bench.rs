@@ -9,6 +9,7 @@ mod serve;
 mod subject;
 mod summary;
 mod traffic;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -42,6 +43,8 @@ enum What {
     Latency(offline::Latency),
     /// Measure the mixture-of-experts layer, kernel by kernel.
     Kernels(kernels::Kernels),
+    /// Find the fastest way to run a model's experts on this adapter, and remember it.
+    Tune(tune::Tune),
     /// Draw what `moewe bench -o json` and `moewe bench kernels -o json` have printed, as SVG.
     Plot(picture::Picture),
 }
@@ -54,6 +57,7 @@ impl Bench {
             Some(What::Throughput(command)) => command.run(),
             Some(What::Latency(command)) => command.run(),
             Some(What::Kernels(command)) => command.run(),
+            Some(What::Tune(command)) => command.run(),
             Some(What::Plot(command)) => command.run(),
         }
     }

@@ -1,9 +1,9 @@
 //! What an adapter can do. Kernels pick their shader variants from these facts at run time, and
 //! tests shrink them to run every tier that the adapter has.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
-use super::{DType, DeviceError};
+use super::{DType, DeviceError, Tuned};
 
 /// Capability tiers, each a superset that only adds speed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -57,6 +57,8 @@ pub struct Caps {
     /// The kernels' twins compute. They fuse nothing that rounds differently when fused, so that
     /// results do not depend on the size of a step.
     pub twins: bool,
+    /// What was measured on this adapter before.
+    pub tuned: Arc<Tuned>,
 }
 
 impl Caps {
@@ -76,6 +78,7 @@ impl Caps {
             ordered_groups: false,
             software: false,
             twins: false,
+            tuned: Arc::default(),
         }
     }
 

@@ -62,6 +62,7 @@ pub(super) fn caps_of(adapter: &wgpu::Adapter) -> Caps {
         ordered_groups: matches!(info.backend, wgpu::Backend::Vulkan | wgpu::Backend::Dx12),
         software: info.device_type == wgpu::DeviceType::Cpu,
         twins: false,
+        tuned: Arc::new(super::tuned::known(&info)),
     }
 }
 
@@ -142,7 +143,6 @@ impl Gpu {
         &self.caps
     }
 
-    #[cfg(test)]
     pub(super) fn caps_mut(&mut self) -> &mut Caps {
         &mut self.caps
     }

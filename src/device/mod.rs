@@ -11,8 +11,9 @@ mod plan;
 mod recording;
 mod shader;
 mod tensor;
+mod tuned;
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 pub use adapter::{AdapterInfo, DeviceChoice, adapters, all_devices};
 pub use caps::{Caps, Tier};
@@ -23,6 +24,7 @@ pub use plan::{Plan, Readback, Timing, Timings};
 pub(crate) use recording::params;
 pub use recording::{Access, Binding, Dispatch, Kernel, Launch, Params, Recording, Shader, Twin};
 pub use tensor::{BufferId, DType, Tensor};
+pub use tuned::Tuned;
 
 #[cfg(test)]
 pub(crate) use shader::compose;
@@ -214,6 +216,27 @@ impl Device {
         if let Device::Gpu(gpu) = self {
             gpu.shrink(tier);
         }
+    }
+
+    /// Lets the choices for `what` be these from now on: the second of a pair for sizes up to the
+    /// first. The CPU device has no choices.
+    pub fn tune(&mut self, what: &str, choices: Vec<(usize, usize)>) {
+        if let Device::Gpu(gpu) = self {
+            Arc::make_mut(&mut gpu.caps_mut().tuned).set(what, choices);
+        }
+    }
+
+    /// Keeps the adapter's choices for later processes. Returns the file that has them, if there is
+    /// a folder for such files.
+    ///
+    /// # Errors
+    /// Those of writing the file.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn remember_tuned(&self) -> std::io::Result<Option<std::path::PathBuf>> {
+        let Device::Gpu(gpu) = self else { return Ok(None) };
+        let Some(path) = tuned::file::path(&gpu.device.adapter_info()) else { return Ok(None) };
+        tuned::file::add(&path, &gpu.caps().tuned)?;
+        Ok(Some(path))
     }
 
     /// Launches kernels as on an adapter that is, or is not, played by a CPU.

@@ -146,7 +146,7 @@ impl Pipelines {
 }
 
 #[cfg(not(target_arch = "wasm32"))]
-mod disk {
+pub(super) mod disk {
     //! The driver's compiled code in a file of its own for each adapter and driver. Whatever is
     //! wrong with the file, the program runs as without it.
 
@@ -166,16 +166,26 @@ mod disk {
     }
 
     /// Where programs keep what they can make again.
-    pub(super) fn folder() -> Option<PathBuf> {
+    pub(in super::super) fn folder() -> Option<PathBuf> {
         let dir = |name| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         let caches = dir("XDG_CACHE_HOME").or_else(|| Some(dir("HOME")?.join(".cache")))?;
         Some(caches.join("moewe"))
     }
 
-    fn checksum(data: &(impl Hash + ?Sized)) -> u64 {
+    pub(in super::super) fn checksum(data: &(impl Hash + ?Sized)) -> u64 {
         let mut hasher = DefaultHasher::new();
         data.hash(&mut hasher);
         hasher.finish()
+    }
+
+    /// Renamed when whole, so that others never read half a file.
+    pub(in super::super) fn write(path: &Path, data: &[u8]) -> std::io::Result<()> {
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        let part = path.with_extension(format!("{}.part", std::process::id()));
+        fs::write(&part, data)?;
+        fs::rename(&part, path)
     }
 
     /// What a file holds, if it is whole.
@@ -218,19 +228,10 @@ mod disk {
         pub(super) fn save(&mut self) {
             let Some(data) = self.cache.get_data() else { return };
             let sum = checksum(&data[..]);
-            if sum != self.saved && self.write(sum, &data).is_ok() {
+            let whole = || [&sum.to_le_bytes()[..], &data].concat();
+            if sum != self.saved && write(&self.path, &whole()).is_ok() {
                 self.saved = sum;
             }
-        }
-
-        fn write(&self, sum: u64, data: &[u8]) -> std::io::Result<()> {
-            if let Some(folder) = self.path.parent() {
-                fs::create_dir_all(folder)?;
-            }
-            // Renamed when whole, so that others never read half a file.
-            let part = self.path.with_extension(format!("{}.part", std::process::id()));
-            fs::write(&part, [&sum.to_le_bytes()[..], data].concat())?;
-            fs::rename(&part, &self.path)
         }
     }
 

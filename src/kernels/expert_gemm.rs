@@ -57,6 +57,14 @@ impl ExpertGemm {
         Tile::of(caps, activations).gates()
     }
 
+    /// The tiles that a block can be, in slots.
+    pub fn block_sizes(caps: &Caps, activations: DType) -> &'static [usize] {
+        match Tile::of(caps, activations) {
+            Tile::Coop => &Tile::HEIGHTS,
+            Tile::Simt => &[16, 32],
+        }
+    }
+
     /// Slots per block for `n_slots` slots over `n_experts` experts, by what an expert gets on
     /// average: rows of padding cost, and so do tiles that read the same weights again.
     pub fn block_size(caps: &Caps, activations: DType, n_slots: usize, n_experts: usize) -> usize {
@@ -106,7 +114,7 @@ impl Kernel for ExpertGemm {
 
     fn launch(&self, caps: &Caps) -> Launch<ExpertGemmParams> {
         let tile = Tile::of(caps, self.x.dtype);
-        let sizes: &[usize] = if tile == Tile::Coop { &Tile::HEIGHTS } else { &[16, 32] };
+        let sizes = Self::block_sizes(caps, self.x.dtype);
         assert!(sizes.contains(&self.block_size), "a block is a tile: one of {sizes:?} slots");
         assert!(!self.gated || tile.gates(), "use expert_gemm and silu_mul");
         let shader = self

@@ -19,6 +19,7 @@ use super::{
     linear::Linear,
     loader::{Cols, Heads, Loader, Rows},
     mlp::Mlp,
+    regime::ExpertShape,
     scratch::{Buffers, Routed, StepInputs},
 };
 
@@ -49,8 +50,7 @@ pub(super) struct CorrectionBias {
 #[derive(Debug, Clone)]
 pub(super) struct RoutedExperts {
     banks: Banks,
-    routing: Routing,
-    width: usize,
+    shape: ExpertShape,
     /// Places in the banks.
     n_held: usize,
     /// Experts by place, none where they come and go.
@@ -69,29 +69,6 @@ enum Shared {
     Plain(Mlp, usize),
     /// Weighted by the sigmoid of a gate: a mixture with a single expert that is always chosen.
     Gated(Box<Experts>),
-}
-
-/// Whether so few tokens visit each expert that reading weights per token beats aligned tiles,
-/// most of whose rows would be padding: measured on an H200 and on lavapipe.
-fn few(caps: &Caps, n_tokens: usize, routing: &Routing) -> bool {
-    // Quarters of a slot that an expert gets on average.
-    let most = if caps.software { 64 } else { 5 };
-    4 * n_tokens * routing.top_k <= (most * routing.n_experts).max(32)
-}
-
-/// Rows of an expert's block in a step of `n_tokens`; 1 where experts run without blocks.
-pub(super) fn block_tokens(
-    caps: &Caps,
-    precision: Precision,
-    n_tokens: usize,
-    routing: &Routing,
-) -> usize {
-    let activations = precision.activations;
-    let n_slots = n_tokens * routing.top_k;
-    match few(caps, n_tokens, routing) {
-        true => 1,
-        false => ExpertGemm::block_size(caps, activations, n_slots, routing.n_experts),
-    }
 }
 
 impl Experts {
@@ -263,8 +240,13 @@ impl RoutedExperts {
         };
         Ok(Self {
             banks: shape.load(loader, &held, n_held)?,
-            routing,
-            width: shape.width,
+            shape: ExpertShape {
+                hidden: shape.hidden,
+                width: shape.width,
+                n_experts: routing.n_experts,
+                top_k: routing.top_k,
+                format: shape.format,
+            },
             n_held,
             held,
             map,
@@ -312,7 +294,7 @@ impl RoutedExperts {
 
     /// Bytes of the banks: allocated, and without padding.
     pub(super) fn bytes(&self, hidden: usize) -> (u64, u64) {
-        self.banks.bytes(hidden, self.width)
+        self.banks.bytes(hidden, self.shape.width)
     }
 
     /// Adds the weighted outputs of the experts that are here for `x` `[n, hidden]` to `out`.
@@ -327,10 +309,11 @@ impl RoutedExperts {
         out: Tensor,
     ) {
         if self.n_held == 0 {
-        } else if few(rec.caps(), x.rows(), &self.routing) {
-            self.record_few(rec, buffers, x, ids, weights, out);
-        } else {
-            self.record_many(rec, buffers, x, ids, weights, out);
+            return;
+        }
+        match self.shape.block_tokens(rec.caps(), x.dtype, x.rows()) {
+            1 => self.record_few(rec, buffers, x, ids, weights, out),
+            block_size => self.record_many(rec, buffers, block_size, x, ids, weights, out),
         }
     }
 
@@ -344,7 +327,7 @@ impl RoutedExperts {
         weights: Tensor,
         residual: Tensor,
     ) {
-        let (_, inner) = buffers.gated(ids.len(), self.width);
+        let (_, inner) = buffers.gated(ids.len(), self.shape.width);
         for &(first_expert, bank) in &self.banks.gate_up {
             let (label, mode) = ("gate_up", ExpertMode::Gated);
             rec.push(ExpertGemv {
@@ -379,16 +362,15 @@ impl RoutedExperts {
         &self,
         rec: &mut Recording,
         buffers: &Buffers,
+        block_size: usize,
         x: Tensor,
         ids: Tensor,
         weights: Tensor,
         residual: Tensor,
     ) {
-        let (n_slots, n_experts) = (ids.len(), self.routing.n_experts);
-        let n_held = self.n_held;
-        let (both, inner) = buffers.gated(n_slots, self.width);
+        let (n_slots, n_held) = (ids.len(), self.n_held);
+        let (both, inner) = buffers.gated(n_slots, self.shape.width);
         let out = buffers.rows(buffers.slots_hidden, n_slots);
-        let block_size = ExpertGemm::block_size(rec.caps(), x.dtype, n_slots, n_experts);
         let aligned: Aligned = buffers.aligned.expect("allocated for models with experts");
         let aligned =
             aligned.reshape(AlignShape { n_entries: n_slots, n_experts: n_held, block_size });
@@ -418,7 +400,7 @@ impl RoutedExperts {
         let (gate_up, down) = (launches(&self.banks.gate_up), launches(&self.banks.down));
         for (first, bank) in gate_up {
             let out = if gated { inner } else { both };
-            rec.push(gemm("gate_up", first, bank, x, self.routing.top_k, None, out, gated));
+            rec.push(gemm("gate_up", first, bank, x, self.shape.top_k, None, out, gated));
         }
         if !gated {
             rec.push(SiluMul { x: both, out: inner });

@@ -3,18 +3,19 @@
 use crate::{
     Result,
     device::{Allocate, DType, Device, Recording, Tally, Tensor},
-    kernels::{CountExperts, Embed, Logprobs, Norm, RmsNorm, Routing, Sample, Store},
+    kernels::{CountExperts, Embed, Logprobs, Norm, RmsNorm, Sample, Store},
     parallel::{ExpertLayout, Handoff},
     weights::Source,
 };
 
 use super::{
-    FfnSpec, KvCache, ModelSpec, Precision, Scratch, StepShape,
+    FfnSpec, KvCache, ModelSpec, MoeSpec, Precision, Scratch, StepShape,
     attention::Attention,
-    experts::{Experts, RoutedExperts, block_tokens},
+    experts::{Experts, RoutedExperts},
     linear::{Input, Linear},
     loader::{Cols, Loader, Rows},
     mlp::Mlp,
+    regime::ExpertShape,
     rope::rope_table,
 };
 
@@ -224,17 +225,18 @@ impl Model {
     /// Adds the experts' work to the counts, layers of one kind at a time.
     fn record_counts(&self, rec: &mut Recording, n_tokens: usize, scratch: &Scratch) {
         let Some(sums) = scratch.expert_counts else { return };
-        let all_ids = scratch.buffers.all_ids;
-        let routings: Vec<Routing> = self.spec.moe_layers().map(|(_, moe)| moe.routing).collect();
+        let (all_ids, activations) = (scratch.buffers.all_ids, self.precision.activations);
+        let shape = |(_, moe): (_, &MoeSpec)| ExpertShape::of(&self.spec, moe, self.precision);
+        let shapes: Vec<ExpertShape> = self.spec.moe_layers().map(shape).collect();
         let mut start = 0;
-        for alike in routings.chunk_by(|a, b| (a.n_experts, a.top_k) == (b.n_experts, b.top_k)) {
+        for alike in shapes.chunk_by(|a, b| a == b) {
             let layers = start..start + alike.len();
             start = layers.end;
             rec.push(CountExperts {
                 ids: all_ids.slice(layers.clone()),
                 n_entries: n_tokens * alike[0].top_k,
                 n_experts: alike[0].n_experts,
-                block_size: block_tokens(rec.caps(), self.precision, n_tokens, &alike[0]),
+                block_size: alike[0].block_tokens(rec.caps(), activations, n_tokens),
                 sums: sums.slice(layers),
             });
         }

@@ -122,7 +122,8 @@ async def stalled(url: str, n: int) -> bool:
     # In turns, for the machine's speed changes; the best of each is least disturbed.
     rounds = [[await percentile(url, n, reads) for reads in (True, False)] for _ in range(3)]
     read, unread = (min(column) for column in zip(*rounds))
-    print(json.dumps({"what": "stalled", "p99 beside readers": read, "beside none": unread}))
+    seconds = {"p99 beside clients that read": read, "that do not": unread}
+    print(json.dumps({"what": "stalled", **seconds}))
     return unread < 1.1 * read
 
 
