@@ -311,10 +311,14 @@ impl RoutedExperts {
         if self.n_held == 0 {
             return;
         }
-        match self.shape.block_tokens(rec.caps(), x.dtype, x.rows()) {
+        match self.block_size(rec, x) {
             1 => self.record_few(rec, buffers, x, ids, weights, out),
-            block_size => self.record_many(rec, buffers, block_size, x, ids, weights, out),
+            _ => self.record_many(rec, buffers, x, ids, weights, out),
         }
+    }
+
+    fn block_size(&self, rec: &Recording, x: Tensor) -> usize {
+        self.shape.block_tokens(rec.caps(), x.dtype, x.rows())
     }
 
     /// Two launches, indexed by expert id.
@@ -362,13 +366,12 @@ impl RoutedExperts {
         &self,
         rec: &mut Recording,
         buffers: &Buffers,
-        block_size: usize,
         x: Tensor,
         ids: Tensor,
         weights: Tensor,
         residual: Tensor,
     ) {
-        let (n_slots, n_held) = (ids.len(), self.n_held);
+        let (n_slots, n_held, block_size) = (ids.len(), self.n_held, self.block_size(rec, x));
         let (both, inner) = buffers.gated(n_slots, self.shape.width);
         let out = buffers.rows(buffers.slots_hidden, n_slots);
         let aligned: Aligned = buffers.aligned.expect("allocated for models with experts");
