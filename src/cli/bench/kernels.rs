@@ -2,11 +2,10 @@
 
 use std::process::ExitCode;
 
-use anyhow::ensure;
 use clap::Args;
-use moewe::bench::{Ceilings, LAYER_PEERS, Memory, MoeLayerRow, Report, Workload, moe_layer};
+use moewe::bench::{Ceilings, LAYER_PEERS, Memory, MoeLayerRow, Report, moe_layer};
 
-use super::subject::{self, Output, Subject};
+use super::subject::{Output, Subject};
 use crate::cli::report::print_line;
 
 /// Options of `moewe bench kernels`.
@@ -21,18 +20,7 @@ pub(super) struct Kernels {
 
 impl Kernels {
     pub(super) fn run(self) -> anyhow::Result<ExitCode> {
-        subject::check_size("--tokens", self.tokens.iter().copied())?;
-        let most = self.tokens.iter().copied().max().unwrap_or(1);
-        let workload = Workload {
-            prompts: vec![16],
-            generate: 0,
-            depths: Vec::new(),
-            batches: vec![1],
-            repetitions: 1,
-        };
-        let mut runner = self.subject.runner(1, Some(most), 16, &workload)?;
-        let spec = &runner.model().spec;
-        ensure!(spec.n_experts() > 0, "{} has no mixture-of-experts layer", spec.architecture);
+        let mut runner = self.subject.layer_runner(&self.tokens)?;
         let mut report = self.subject.report(&mut runner)?;
         if self.subject.output == Output::Md {
             print_line(format_args!("{}\n\n{}", report.title(), MD_HEAD))?;

@@ -96,6 +96,28 @@ impl Subject {
         Ok(dummy_runner(&options, spec, limits, n_blocks)?)
     }
 
+    /// [`Subject::runner`] for layers of experts alone, of so many `--tokens`.
+    pub(super) fn layer_runner(&self, tokens: &[usize]) -> anyhow::Result<Runner> {
+        check_size("--tokens", tokens.iter().copied())?;
+        let most = tokens.iter().copied().max().context("--tokens has no number")?;
+        let workload = Workload {
+            prompts: vec![16],
+            generate: 0,
+            depths: Vec::new(),
+            batches: vec![1],
+            repetitions: 1,
+        };
+        let runner = self.runner(1, Some(most), 16, &workload)?;
+        let spec = &runner.model().spec;
+        ensure!(spec.n_experts() > 0, "{} has no mixture-of-experts layer", spec.architecture);
+        ensure!(
+            runner.exchange().is_none(),
+            "layers are measured on one device that holds all experts: leave --devices and \
+             --expert-cache-memory out"
+        );
+        Ok(runner)
+    }
+
     /// An engine that runs up to `max_num_seqs` sequences of up to `longest` tokens together.
     pub(super) fn engine(&self, max_num_seqs: usize, longest: usize) -> anyhow::Result<Engine> {
         let workload = Workload {

@@ -4,9 +4,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
 use clap::Args;
-use moewe::bench::{TuneRow, Workload, tune};
+use moewe::bench::{TuneRow, tune};
 
-use super::subject::{self, Subject};
+use super::subject::Subject;
 use crate::cli::report::print_line;
 
 /// Options of `moewe bench tune`.
@@ -28,19 +28,8 @@ pub(super) struct Tune {
 
 impl Tune {
     pub(super) fn run(self) -> anyhow::Result<ExitCode> {
-        subject::check_size("--tokens", self.tokens.iter().copied())?;
         ensure!(self.tokens.is_sorted(), "--tokens are in ascending order");
-        let most = self.tokens.last().copied().context("--tokens has no number")?;
-        let workload = Workload {
-            prompts: vec![16],
-            generate: 0,
-            depths: Vec::new(),
-            batches: vec![1],
-            repetitions: 1,
-        };
-        let mut runner = self.subject.runner(1, Some(most), 16, &workload)?;
-        let spec = &runner.model().spec;
-        ensure!(spec.n_experts() > 0, "{} has no mixture-of-experts layer", spec.architecture);
+        let mut runner = self.subject.layer_runner(&self.tokens)?;
         eprintln!("rows of an expert's block (1: no blocks) and microseconds of a layer");
         let mut printed = Ok(());
         let mut done = |row: &TuneRow| {
