@@ -17,6 +17,7 @@ import json
 import random
 import re
 import socket
+import statistics
 import struct
 import sys
 import time
@@ -39,10 +40,10 @@ def sample(url: str, pid: int | None) -> dict[str, float]:
     return found
 
 
-def request(host: str, i: int, stream: bool, tokens: int) -> bytes:
+def request(host: str, i: int, stream: bool, tokens: int, **more) -> bytes:
     """A request with a prompt of token ids, as models without a tokenizer take it."""
     prompt = random.Random(i).choices(range(3, 256), k=8)
-    fields = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": stream}
+    fields = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": stream, **more}
     body = json.dumps(fields)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json"
     return f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
@@ -75,13 +76,13 @@ async def killed(host: str, port: int, i: int) -> bool:
 
 
 async def neighbour(host: str, port: int, i: int, reads: bool) -> None:
-    """A loud stream, whose client stops to read after the first bytes, or goes on."""
+    """A stream of more than sockets hold, whose client stops to read at once, or goes on."""
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.setblocking(False)
         await asyncio.get_running_loop().sock_connect(raw, (host, port))
         reader, writer = await asyncio.open_connection(sock=raw, limit=4096)
-        writer.write(request(host, i, True, 100))
+        writer.write(request(host, i, True, 200, logprobs=20))
         if reads:
             while await reader.read(4096):
                 pass
@@ -119,9 +120,9 @@ async def percentile(url: str, n: int, reads: bool) -> float:
 
 async def stalled(url: str, n: int) -> bool:
     """Whether streams are as even beside clients that stop reading as beside others."""
-    # In turns, for the machine's speed changes; the best of each is least disturbed.
-    rounds = [[await percentile(url, n, reads) for reads in (True, False)] for _ in range(3)]
-    read, unread = (min(column) for column in zip(*rounds))
+    # In turns, for the machine's speed changes.
+    rounds = [[await percentile(url, n, reads) for reads in (True, False)] for _ in range(5)]
+    read, unread = (statistics.median(column) for column in zip(*rounds))
     seconds = {"p99 beside clients that read": read, "that do not": unread}
     print(json.dumps({"what": "stalled", **seconds}))
     return unread < 1.1 * read
