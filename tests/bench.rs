@@ -179,7 +179,7 @@ fn throughput_tells_what_the_cache_of_experts_did() {
     for report in &reports {
         check_positive(
             report,
-            &["hit_rate", "mib_moved", "stalls", "stalled_time"]
+            &["hit_rate", "mib_moved", "stalls"]
                 .map(|name| format!("expert_cache_{name}"))
                 .each_ref()
                 .map(|f| &**f),
@@ -191,6 +191,16 @@ fn throughput_tells_what_the_cache_of_experts_did() {
     }
     let table = open(&["--expert-cache-memory", "4M"]);
     assert!(table.contains("expert cache, hit rate"), "{table}");
+}
+
+#[test]
+fn transfers_are_timed_by_every_way() {
+    let table = run(&["bench", "transfers", "--device", "cpu", "--bytes", "256,4K"]).stdout();
+    for bytes in ["256", "4096"] {
+        let ways = table.lines().filter(|line| line.split_whitespace().any(|word| word == bytes));
+        assert_eq!(ways.count(), 5, "{table}");
+    }
+    run(&["bench", "transfers", "--bytes", "100"]).fails_with(&["multiples of 16"]);
 }
 
 #[test]

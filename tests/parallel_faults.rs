@@ -17,10 +17,9 @@ use moewe::{
     device::{Device, DeviceChoice, DeviceError, Fault, Faults},
     engine::{Engine, EngineConfig, Request, RequestId, Runner, SamplingParams},
     llm::{Llm, LlmOptions},
-    model::{ExpertCache, ExpertShard, KvCache, Limits, Model, ModelSpec, Precision, arch},
+    model::{ExpertShard, KvCache, Limits, Model, ModelSpec, Precision, arch},
     parallel::{
-        CacheOptions, CachePolicy, ExpertLayout, Owners, ParallelError, Rows, Sharded, Share,
-        Worker,
+        CachePolicy, CacheSlots, ExpertLayout, Owners, ParallelError, Rows, Sharded, Share, Worker,
     },
     server::{App, Death, ServerConfig},
     weights::{Checkpoint, WeightFormat},
@@ -59,11 +58,11 @@ fn sharded(dir: &Path, wrap: impl FnOnce(ExpertShard) -> Box<dyn Worker>) -> (En
     let precision = Precision::of(WeightFormat::F32);
     let (mut primary, other) = (open(&GPU), open(&GPU));
     let faults = [primary.faults(), other.faults()];
-    let shard = ExpertShard::load(other, &spec, &source, precision, &LIMITS, share(1));
+    let layout = |rank| ExpertLayout { share: Some(share(rank)), slots: None };
+    let shard = ExpertShard::load(other, &spec, &source, precision, &LIMITS, &layout(1));
     let shard = shard.expect("it fits");
-    let layout = ExpertLayout::Share(share(0));
     let kv = KvCache::alloc(&mut primary, &spec, 33, 16, precision.activations).expect("it fits");
-    let model = Model::load_part(spec, &source, &mut primary, precision, 112, &layout, &|_| {});
+    let model = Model::load_part(spec, &source, &mut primary, precision, 112, &layout(0), &|_| {});
     let runner = Runner::new(primary, model.expect("it fits"), kv, LIMITS).expect("it fits");
     let exchange = Sharded::new(vec![wrap(shard)], owners.clone());
     let runner = runner.with_exchange(Box::new(exchange));
@@ -144,15 +143,15 @@ fn memory_that_runs_out_at_any_bank_is_an_error() {
     let load = |device: &mut Device, layout: &ExpertLayout| {
         Model::load_part(spec.clone(), &source, device, precision, 112, layout, &|_| {})
     };
-    let whole = |mut device: Device| load(&mut device, &ExpertLayout::All).map(drop);
+    let whole = |mut device: Device| load(&mut device, &ExpertLayout::default()).map(drop);
     let shared = |device: Device| {
-        let share = Share { owners: owners.clone(), rank: 1, redundant: Some(2) };
-        ExpertShard::load(device, &spec, &source, precision, &LIMITS, share).map(drop)
+        let share = Some(Share { owners: owners.clone(), rank: 1, redundant: Some(2) });
+        let layout = ExpertLayout { share, slots: None };
+        ExpertShard::load(device, &spec, &source, precision, &LIMITS, &layout).map(drop)
     };
     let cached = |mut device: Device| {
-        let model = load(&mut device, &ExpertLayout::Cached(4))?;
-        let options = CacheOptions { bytes: 0, policy: CachePolicy::Lru };
-        ExpertCache::load(&model, &source, &mut device, options, &|_| {}).map(drop)
+        let slots = Some(CacheSlots { n: 2, policy: CachePolicy::Lru });
+        load(&mut device, &ExpertLayout { share: None, slots }).map(drop)
     };
     let ways: [&dyn Fn(Device) -> Result<()>; 3] = [&whole, &shared, &cached];
     for load in ways {

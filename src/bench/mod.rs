@@ -9,6 +9,7 @@ mod plot;
 mod report;
 mod rows;
 mod shapes;
+mod transfers;
 mod tune;
 mod work;
 
@@ -31,6 +32,7 @@ pub use plot::{PlotError, plot};
 pub use report::{Memory, Report, expert_bytes};
 pub use rows::{Row, Rows, Workload, rows};
 pub use shapes::{names as shape_names, spec as shape};
+pub use transfers::{TransferRow, transfers};
 pub use tune::{TuneRow, tune};
 
 /// Devices clock down when idle: load before anything is timed.

@@ -9,6 +9,7 @@ mod serve;
 mod subject;
 mod summary;
 mod traffic;
+mod transfers;
 mod tune;
 
 use std::process::ExitCode;
@@ -45,6 +46,8 @@ enum What {
     Kernels(kernels::Kernels),
     /// Find the fastest way to run a model's experts on this adapter, and remember it.
     Tune(tune::Tune),
+    /// Measure how fast bytes get to a device and back, by each way that there is.
+    Transfers(transfers::Transfers),
     /// Draw what `moewe bench -o json` and `moewe bench kernels -o json` have printed, as SVG.
     Plot(picture::Picture),
 }
@@ -58,6 +61,7 @@ impl Bench {
             Some(What::Latency(command)) => command.run(),
             Some(What::Kernels(command)) => command.run(),
             Some(What::Tune(command)) => command.run(),
+            Some(What::Transfers(command)) => command.run(),
             Some(What::Plot(command)) => command.run(),
         }
     }

@@ -26,7 +26,7 @@ pub(crate) struct DeviceArgs {
     expert_placement: String,
     /// Let the other ranks of this MPI job, each a `moewe worker`, hold shares of the experts
     #[cfg(feature = "mpi")]
-    #[arg(long, conflicts_with_all = ["devices", "expert_parallel_size", "expert_cache_memory"])]
+    #[arg(long, conflicts_with_all = ["devices", "expert_parallel_size"])]
     mpi: bool,
     /// Seconds that a rank may take to answer before it counts as lost
     #[cfg(feature = "mpi")]
@@ -42,9 +42,9 @@ pub(crate) struct DeviceArgs {
     /// Share by which the busiest device's work must fall for experts to move
     #[arg(long, default_value_t = 0.05)]
     eplb_threshold: f64,
-    /// Keep all experts in the host's memory and copy those chosen to so much device memory: bytes,
-    /// or with K, M or G
-    #[arg(long, value_parser = bytes, conflicts_with_all = ["devices", "expert_parallel_size"])]
+    /// Keep all experts in the host's memory and copy those chosen to so much memory of each
+    /// device: bytes, or with K, M or G
+    #[arg(long, value_parser = bytes)]
     expert_cache_memory: Option<u64>,
     /// Which expert leaves a full cache: lru or lfu
     #[arg(long, default_value = "lru", requires = "expert_cache_memory")]
@@ -52,7 +52,7 @@ pub(crate) struct DeviceArgs {
 }
 
 /// Bytes, with or without K, M or G.
-fn bytes(text: &str) -> Result<u64, String> {
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.char_indices().last() {
         Some((at, 'K' | 'k')) => (&text[..at], 10),
         Some((at, 'M' | 'm')) => (&text[..at], 20),

@@ -75,14 +75,13 @@ impl std::fmt::Display for Speed {
 pub(crate) fn print_cache(cache: &CacheStats) {
     eprintln!(
         "expert cache: {} of {} experts on the device, {:.1} % of {} uses hit, {:.1} MiB moved, \
-         {} stalls of {:.1} ms in sum, {} extra turns",
+         {} stalls, {} extra turns",
         cache.slots,
         cache.experts,
         cache.hit_rate() * 100.0,
         cache.hits + cache.misses,
         cache.bytes_moved as f64 / f64::from(1 << 20),
         cache.stalls,
-        cache.stalled.as_secs_f64() * 1e3,
         cache.extra_turns
     );
 }

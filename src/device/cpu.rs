@@ -11,9 +11,7 @@ use std::{
 use bytemuck::Pod;
 use half::f16;
 
-use super::{
-    Access, BufferId, Caps, CopyPart, DType, DeviceError, Dispatch, Recording, Shader, Tensor,
-};
+use super::{Access, BufferId, Caps, DType, DeviceError, Dispatch, Recording, Shader, Tensor};
 
 /// Memory of the CPU device. `u64` words keep every element type aligned.
 type Words = Vec<u64>;
@@ -53,13 +51,6 @@ impl Cpu {
 
     pub(crate) fn write(&mut self, id: BufferId, offset: u64, data: &[u8]) {
         self.bytes(id, offset, data.len() as u64).copy_from_slice(data);
-    }
-
-    pub(crate) fn copy(&mut self, part: &CopyPart) {
-        let from = self.buffer(part.from.buffer).clone().expect("live buffer");
-        let start = (part.from.offset + part.from_byte) as usize;
-        let bytes = &bytemuck::cast_slice::<u64, u8>(&from)[start..][..part.to.bytes() as usize];
-        self.write(part.to.buffer, part.to.offset, bytes);
     }
 
     pub(crate) fn read(&mut self, tensor: &Tensor) -> Vec<u8> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    BufferId, Caps, CopyPart, DeviceError, Dispatch, Shader, Tier, adapter,
+    BufferId, Caps, DeviceError, Dispatch, Shader, Tier, adapter,
     failure::{Failure, Faults},
     pipelines::{Pipeline, Pipelines},
     plan::StagingPool,
@@ -31,10 +31,6 @@ const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16
     .union(wgpu::Features::TIMESTAMP_QUERY)
     .union(wgpu::Features::PIPELINE_CACHE)
     .union(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
-
-/// What only buffers of the host's memory are used for.
-const ON_HOST: wgpu::BufferUsages =
-    wgpu::BufferUsages::MAP_READ.union(wgpu::BufferUsages::MAP_WRITE);
 
 pub(super) fn caps_of(adapter: &wgpu::Adapter) -> Caps {
     let (features, limits, info) = (adapter.features(), adapter.limits(), adapter.get_info());
@@ -190,10 +186,23 @@ impl Gpu {
     }
 
     pub(super) fn alloc(&mut self, what: &str, bytes: u64) -> Result<BufferId, DeviceError> {
+        let id = self.create(what, bytes, wgpu::BufferUsages::empty())?;
+        self.bytes += bytes;
+        self.peak_bytes = self.peak_bytes.max(self.bytes);
+        Ok(id)
+    }
+
+    fn create(
+        &mut self,
+        what: &str,
+        bytes: u64,
+        usage: wgpu::BufferUsages,
+    ) -> Result<BufferId, DeviceError> {
         let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some(what),
             size: bytes,
-            usage: wgpu::BufferUsages::STORAGE
+            usage: usage
+                | wgpu::BufferUsages::STORAGE
                 | wgpu::BufferUsages::COPY_DST
                 | wgpu::BufferUsages::COPY_SRC,
             mapped_at_creation: false,
@@ -202,8 +211,6 @@ impl Gpu {
             DeviceError::OutOfMemory { .. } => DeviceError::OutOfMemory { bytes },
             other => other,
         })?;
-        self.bytes += bytes;
-        self.peak_bytes = self.peak_bytes.max(self.bytes);
         Ok(self.hold(buffer))
     }
 
@@ -216,57 +223,24 @@ impl Gpu {
         BufferId(id as u32)
     }
 
-    /// A buffer of the host's memory with these bytes. Written once; copies out of it need no
-    /// staging and no work of the host.
-    pub(super) fn keep_on_host(
+    /// A buffer of the host's memory that kernels can bind.
+    pub(super) fn alloc_on_host(
         &mut self,
         what: &str,
-        bytes: &[u8],
+        bytes: u64,
     ) -> Result<BufferId, DeviceError> {
+        let able = self.device.features().contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
+        if !able {
+            return Err(DeviceError::HostMemory { adapter: self.info.name.clone() });
+        }
         // What the host only writes, wgpu's allocator puts into the card's own memory where the
         // host reaches all of that; what the host can read stays with the host.
-        let free = self.device.features().contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
-        let map = if free { wgpu::BufferUsages::MAP_READ } else { wgpu::BufferUsages::MAP_WRITE };
-        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some(what),
-            size: bytes.len() as u64,
-            usage: map | wgpu::BufferUsages::COPY_SRC,
-            mapped_at_creation: true,
-        });
-        let out_of_memory = DeviceError::OutOfMemory { bytes: bytes.len() as u64 };
-        let Ok(mut view) = buffer.get_mapped_range_mut(..) else {
-            self.check()?;
-            return Err(out_of_memory);
-        };
-        view.copy_from_slice(bytes);
-        drop(view);
-        buffer.unmap();
-        // Bytes may have been staged; without a submission that memory would pile up.
-        self.queue.submit([]);
-        self.check().map_err(|error| match error {
-            DeviceError::OutOfMemory { .. } => out_of_memory,
-            other => other,
-        })?;
-        Ok(self.hold(buffer))
-    }
-
-    pub(super) fn copy(&mut self, parts: &[CopyPart]) {
-        let mut encoder = self.device.create_command_encoder(&Default::default());
-        for part in parts {
-            encoder.copy_buffer_to_buffer(
-                self.buffer(part.from.buffer),
-                part.from.offset + part.from_byte,
-                self.buffer(part.to.buffer),
-                part.to.offset,
-                part.to.bytes(),
-            );
-        }
-        self.queue.submit([encoder.finish()]);
+        self.create(what, bytes, wgpu::BufferUsages::MAP_READ)
     }
 
     pub(super) fn free(&mut self, id: BufferId) {
         if let Some(buffer) = self.buffers[id.0 as usize].take() {
-            if !buffer.usage().intersects(ON_HOST) {
+            if !buffer.usage().contains(wgpu::BufferUsages::MAP_READ) {
                 self.bytes -= buffer.size();
             }
             buffer.destroy();

@@ -92,6 +92,15 @@ pub enum DeviceError {
         /// The driver's words.
         message: String,
     },
+    /// Kernels cannot read the host's memory.
+    #[error(
+        "{adapter} cannot compute from the host's memory, which a cache of experts needs; leave \
+         out --expert-cache-memory"
+    )]
+    HostMemory {
+        /// Adapter name.
+        adapter: String,
+    },
     /// The device is gone; everything on it is lost.
     #[error("the device was lost ({message}); start again, perhaps with a smaller batch")]
     Lost {
@@ -138,17 +147,18 @@ pub trait Allocate {
     /// # Errors
     /// [`DeviceError::TooLarge`], [`DeviceError::OutOfMemory`].
     fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor, DeviceError>;
-}
 
-/// A tensor to fill from another buffer, in whole 4-byte words.
-#[derive(Debug, Clone, Copy)]
-pub struct CopyPart {
-    /// What is read.
-    pub from: Tensor,
-    /// Byte of it where reading starts.
-    pub from_byte: u64,
-    /// What is written.
-    pub to: Tensor,
+    /// The same in the host's memory, where the device's kernels reach it over the bus. It does not
+    /// count as the device's.
+    ///
+    /// # Errors
+    /// Those of [`Allocate::alloc`], and [`DeviceError::HostMemory`].
+    fn alloc_on_host(
+        &mut self,
+        what: &str,
+        shape: &[usize],
+        dtype: DType,
+    ) -> Result<Tensor, DeviceError>;
 }
 
 /// Counts what a device would have to hold.
@@ -158,11 +168,31 @@ pub struct Tally {
     pub caps: Caps,
     /// Bytes so far.
     pub bytes: u64,
+    /// Bytes so far in the host's memory.
+    pub host_bytes: u64,
+}
+
+impl Tally {
+    /// Nothing yet, for a device with `caps`.
+    pub fn new(caps: Caps) -> Self {
+        Self { caps, bytes: 0, host_bytes: 0 }
+    }
 }
 
 impl Allocate for Tally {
     fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor, DeviceError> {
         self.bytes = self.bytes.saturating_add(self.caps.check_size(what, shape, dtype)?);
+        Ok(Tensor::new(BufferId(u32::MAX), shape, dtype))
+    }
+
+    fn alloc_on_host(
+        &mut self,
+        what: &str,
+        shape: &[usize],
+        dtype: DType,
+    ) -> Result<Tensor, DeviceError> {
+        let bytes = self.caps.check_size(what, shape, dtype)?;
+        self.host_bytes = self.host_bytes.saturating_add(bytes);
         Ok(Tensor::new(BufferId(u32::MAX), shape, dtype))
     }
 }
@@ -172,6 +202,20 @@ impl Allocate for Device {
         let bytes = self.caps().check_size(what, shape, dtype)?;
         let id = match self {
             Device::Gpu(gpu) => gpu.alloc(what, bytes)?,
+            Device::Cpu(cpu) => cpu.alloc(bytes)?,
+        };
+        Ok(Tensor::new(id, shape, dtype))
+    }
+
+    fn alloc_on_host(
+        &mut self,
+        what: &str,
+        shape: &[usize],
+        dtype: DType,
+    ) -> Result<Tensor, DeviceError> {
+        let bytes = self.caps().check_size(what, shape, dtype)?;
+        let id = match self {
+            Device::Gpu(gpu) => gpu.alloc_on_host(what, bytes)?,
             Device::Cpu(cpu) => cpu.alloc(bytes)?,
         };
         Ok(Tensor::new(id, shape, dtype))
@@ -267,31 +311,6 @@ impl Device {
         match self {
             Device::Gpu(gpu) => gpu.driver().into(),
             Device::Cpu(_) => String::new(),
-        }
-    }
-
-    /// Puts bytes where the device copies them from by itself: the host's memory, which counts
-    /// neither as allocated nor against any binding. U8 `[bytes]`, whole 4-byte words.
-    ///
-    /// # Errors
-    /// [`DeviceError::OutOfMemory`].
-    pub fn keep_on_host(&mut self, what: &str, bytes: &[u8]) -> Result<Tensor, DeviceError> {
-        let id = match self {
-            Device::Gpu(gpu) => gpu.keep_on_host(what, bytes)?,
-            Device::Cpu(cpu) => {
-                let id = cpu.alloc(bytes.len() as u64)?;
-                cpu.write(id, 0, bytes);
-                id
-            }
-        };
-        Ok(Tensor::new(id, &[bytes.len()], DType::U8))
-    }
-
-    /// Copies bytes between buffers, behind all work submitted so far and before what follows.
-    pub fn copy(&mut self, parts: &[CopyPart]) {
-        match self {
-            Device::Gpu(gpu) => gpu.copy(parts),
-            Device::Cpu(cpu) => parts.iter().for_each(|part| cpu.copy(part)),
         }
     }
 

@@ -13,12 +13,16 @@ mod sequence;
 mod stats;
 mod submission;
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::{Add, Range},
+    sync::Arc,
+};
 
 use crate::{
     Result,
+    kernels::CacheExperts,
     model::{KvCache, Model, NewExperts},
-    parallel::{Exchange, Rebalancer},
+    parallel::{CacheTally, Exchange, Rebalancer},
 };
 
 pub use batch::{Batch, BatchSequence, LogitRows};
@@ -49,6 +53,7 @@ pub struct Engine {
     experts: Arc<ExpertStats>,
     /// The experts' counts as last read.
     last_counts: Vec<u32>,
+    cache: CacheTally,
     balancer: Option<Rebalancer>,
     kv_block_bytes: u64,
     /// Of the banks: allocated and used.
@@ -77,6 +82,7 @@ struct Counters {
     generated_tokens: u64,
     non_finite: u64,
     routing_ms: Option<f64>,
+    fetch_ms: Option<f64>,
 }
 
 impl Engine {
@@ -95,6 +101,7 @@ impl Engine {
             counters: Counters::default(),
             experts: Arc::new(ExpertStats::new(spec)),
             last_counts: Vec::new(),
+            cache: CacheTally::new(runner.model().expert_caches().map(|(_, size)| size)),
             balancer: None,
             kv_block_bytes: KvCache::block_bytes(spec, kv.block_size, precision.activations),
             expert_bytes: runner.model().expert_bytes(),
@@ -209,6 +216,7 @@ impl Engine {
     /// What the engine has counted about itself.
     pub fn stats(&self) -> EngineStats {
         let (scheduler, counters) = (&self.scheduler, &self.counters);
+        let elsewhere = self.runner.exchange().and_then(Exchange::cache_stats);
         EngineStats {
             running: scheduler.running.len(),
             waiting: scheduler.n_waiting(),
@@ -232,7 +240,8 @@ impl Engine {
             owners: self.runner.exchange().and_then(Exchange::owners),
             exchange: self.runner.exchange().map(Exchange::stats),
             eplb: self.balancer.as_ref().map(Rebalancer::stats),
-            expert_cache: self.runner.exchange().and_then(Exchange::cache_stats),
+            expert_cache: [self.cache.stats(), elsewhere].into_iter().flatten().reduce(Add::add),
+            fetch_ms: counters.fetch_ms,
         }
     }
 
@@ -335,10 +344,18 @@ impl Engine {
     }
 
     fn count_experts(&mut self, results: &StepResults) {
-        if !results.expert_counts.is_empty() {
-            let spec = &self.runner.model().spec;
-            Arc::make_mut(&mut self.experts).add(spec, &self.last_counts, &results.expert_counts);
-            self.last_counts.clone_from(&results.expert_counts);
+        let model = self.runner.model();
+        let n_caches = model.expert_caches().count();
+        let of_caches = n_caches * CacheExperts::COUNTERS;
+        let counts = &results.expert_counts;
+        if counts.is_empty() {
+            return;
+        }
+        let (counts, caches) = counts.split_at(counts.len() - of_caches);
+        Arc::make_mut(&mut self.experts).add(&model.spec, &self.last_counts, counts);
+        self.last_counts = counts.to_vec();
+        for (layer, counters) in caches.chunks(CacheExperts::COUNTERS).enumerate() {
+            self.cache.read(layer, counters);
         }
     }
 
@@ -346,6 +363,9 @@ impl Engine {
         self.count_experts(results);
         if let Some(time) = results.routing_time {
             self.counters.routing_ms = Some(time.as_secs_f64() * 1e3);
+        }
+        if let Some(time) = results.fetch_time {
+            self.counters.fetch_ms = Some(time.as_secs_f64() * 1e3);
         }
         let mut outputs = Vec::new();
         for Sampled { id, rows, samples } in sequences {

@@ -112,7 +112,7 @@ impl Runner {
         for expert in &new.experts {
             self.model.write_expert(&mut self.device, expert);
             if let Some(exchange) = &mut self.exchange {
-                exchange.write_expert(&mut self.device, expert)?;
+                exchange.write_expert(expert)?;
             }
         }
         for router in &new.routers {
@@ -130,7 +130,7 @@ impl Runner {
             return Ok(bytes);
         }
         let held = match &mut self.exchange {
-            Some(exchange) => exchange.read_expert(&mut self.device, layer, expert)?,
+            Some(exchange) => exchange.read_expert(layer, expert)?,
             None => None,
         };
         let cause = format!("no device has expert {expert} of mixture {layer}");
@@ -281,10 +281,18 @@ impl Runner {
         };
         let top_k = routed.iter().map(Tensor::cols).collect();
         tensors.extend(routed);
-        tensors.extend(self.scratch.expert_counts.filter(|_| extras.expert_counts));
+        if extras.expert_counts {
+            tensors.extend(self.counters());
+        }
         let readback = (!tensors.is_empty()).then(|| self.device.read_all(&tensors));
         let n_tokens = self.last.map_or(0, |shape| shape.n_tokens());
         Ok(Submission { rows, logit_rows, n_tokens, top_k, timings, n, with_logprobs, readback })
+    }
+
+    /// The experts' counts, and behind them those of the layers that have slots for some experts.
+    fn counters(&self) -> Vec<Tensor> {
+        let caches = self.model.expert_caches().map(|(counters, _)| counters);
+        self.scratch.expert_counts.into_iter().chain(caches).collect()
     }
 
     /// What the last step of `n` tokens chose in each layer that has experts. Each `[n, top_k]`
@@ -295,8 +303,9 @@ impl Runner {
 
     /// Starts bringing the experts' counts to the host, without a step.
     pub fn expert_counts(&mut self) -> Option<Submission> {
-        let readback = self.device.read(&self.scratch.expert_counts?);
-        Some(Submission { readback: Some(readback), ..Submission::default() })
+        let counters = self.counters();
+        let readback = (!counters.is_empty()).then(|| self.device.read_all(&counters));
+        readback.map(|r| Submission { readback: Some(r), ..Submission::default() })
     }
 
     /// Logits of the last step's first `n` rows. `[n, vocabulary]`

@@ -47,6 +47,9 @@ pub struct EngineStats {
     pub non_finite: u64,
     /// Device time of routing and alignment of the step that was timed last, milliseconds.
     pub routing_ms: Option<f64>,
+    /// Device time of bringing experts from the host's memory in the step that was timed last,
+    /// milliseconds.
+    pub fetch_ms: Option<f64>,
     /// What the experts did.
     pub experts: Arc<ExpertStats>,
     /// Where the experts of each layer that has some are, if on several devices.
@@ -55,7 +58,7 @@ pub struct EngineStats {
     pub exchange: Option<ExchangeStats>,
     /// How balanced the devices are, where experts move between them.
     pub eplb: Option<EplbStats>,
-    /// What the cache of experts did, if there is one.
+    /// What caches of experts did, if there are any, as of the last reading.
     pub expert_cache: Option<CacheStats>,
 }
 

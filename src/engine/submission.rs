@@ -51,10 +51,13 @@ pub struct StepResults {
     /// Experts of all layers that have any, for the token that each row of logits follows, if
     /// asked. `[rows][moe layers * top_k]`
     pub routed: Vec<Vec<u32>>,
-    /// The experts' counts, if asked: see [`crate::kernels::CountExperts`].
+    /// The experts' counts, if asked: see [`crate::kernels::CountExperts`]. Behind them those of
+    /// each layer that has slots for some experts: see [`crate::kernels::CacheExperts`].
     pub expert_counts: Vec<u32>,
     /// Device time of routers and of the sorting by expert, if timed.
     pub routing_time: Option<Duration>,
+    /// Device time of bringing experts from the host's memory, if timed.
+    pub fetch_time: Option<Duration>,
 }
 
 impl Submission {
@@ -68,13 +71,15 @@ impl Submission {
             None => Vec::new(),
         };
         let mut results = self.results(&bytes);
-        let routes = |label: &str| {
-            ["route", "grouped_topk", "align_experts"].iter().any(|part| label.contains(part))
-        };
         for timings in self.timings {
             let timings = timings.wait().await?;
-            let routing: Duration = timings.iter().filter(|t| routes(&t.0)).map(|t| t.1).sum();
+            let sum = |labels: &[&str]| -> Duration {
+                let counts = |label: &str| labels.iter().any(|part| label.contains(part));
+                timings.iter().filter(|t| counts(&t.0)).map(|t| t.1).sum()
+            };
+            let routing = sum(&["route", "grouped_topk", "align_experts"]);
             *results.routing_time.get_or_insert_default() += routing;
+            *results.fetch_time.get_or_insert_default() += sum(&["cache_experts", "fetch_experts"]);
         }
         Ok(results)
     }
@@ -104,6 +109,7 @@ impl Submission {
             routed,
             expert_counts: expert_counts.to_vec(),
             routing_time: None,
+            fetch_time: None,
         }
     }
 }

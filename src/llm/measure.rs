@@ -7,7 +7,8 @@ use crate::{
     Result,
     device::{DType, Device, DeviceChoice, Tally},
     model::{
-        ExpertCache, ExpertShard, FfnSpec, KvCache, Limits, Model, ModelSpec, Precision, Scratch,
+        ExpertShard, FfnSpec, KvCache, Limits, Model, ModelSpec, MoeSpec, Precision, Scratch,
+        expert_bytes,
     },
     parallel::{ExpertLayout, Owners, ParallelError, Placement, Rank, Rows, Share, Worker},
     weights::{DummySource, padded},
@@ -62,21 +63,30 @@ fn slots(
     is_primary: bool,
 ) -> Result<usize> {
     let precision = options.precision();
+    if options.expert_cache.is_some() {
+        // They stay in the host's memory.
+        return Ok(spec.n_experts());
+    }
     let share = f64::from(options.gpu_memory_utilization.clamp(0.01, 1.0));
     let given = options.memory_limit.filter(|_| is_primary);
     let total = given.or(device.memory_bytes().map(|bytes| (bytes as f64 * share) as u64));
     let Some(total) = total else { return Ok(spec.n_experts()) };
-    let mut rest = Tally { caps: device.caps(), bytes: 0 };
+    let mut rest = Tally::new(device.caps());
     Scratch::alloc(&mut rest, spec, limits, precision.activations)?;
     if is_primary {
-        let none = ExpertLayout::Cached(0);
+        let elsewhere = |(_, moe): (_, &MoeSpec)| {
+            let n = moe.routing.n_experts;
+            Owners::new(n, vec![Vec::new(), (0..n).collect()])
+        };
+        let owners = spec.moe_layers().map(elsewhere).collect::<Result<_, _>>()?;
+        let share = Some(Share { owners, rank: 0, redundant: None });
+        let none = ExpertLayout { share, slots: None };
         Model::tally(spec, precision, limits.max_blocks * options.block_size, &none, &mut rest)?;
         let block = KvCache::block_bytes(spec, options.block_size, precision.activations);
         let least = block * (1 + limits.max_blocks as u64);
         rest.bytes += options.kv_cache_memory.unwrap_or(least).max(least);
     }
-    let bytes = ExpertCache::host_bytes(spec, precision) / spec.n_experts().max(1) as u64;
-    let room = total.saturating_sub(rest.bytes) / bytes.max(1);
+    let room = total.saturating_sub(rest.bytes) / expert_bytes(spec, precision).max(1);
     Ok(usize::try_from(room).unwrap_or(usize::MAX).min(spec.n_experts()))
 }
 
@@ -109,9 +119,10 @@ fn measure(
     let n_rows = limits.max_tokens.min(n_rows);
     // Visited as ranks beside the primary one are.
     let owners = Owners::new(n_experts, vec![Vec::new(), (0..n_experts).collect()])?;
-    let share = Share { owners: vec![owners], rank: 1, redundant: None };
+    let share = Some(Share { owners: vec![owners], rank: 1, redundant: None });
+    let layout = ExpertLayout { share, slots: None };
     let source = DummySource::new(0);
-    let mut shard = ExpertShard::load(device, &small, &source, precision, &limits, share)?;
+    let mut shard = ExpertShard::load(device, &small, &source, precision, &limits, &layout)?;
     let element = if precision.activations == DType::F16 { 2 } else { 4 };
     let x = vec![0; n_rows * padded(spec.hidden_size) * element];
     let weights = vec![1.0; n_rows * top_k];

@@ -5,7 +5,7 @@ use std::fmt;
 use crate::{
     Result,
     device::{Device, DeviceError, Tally},
-    model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Scratch},
+    model::{KvCache, Limits, Model, ModelSpec, Scratch},
     parallel::ExpertLayout,
 };
 
@@ -40,7 +40,7 @@ pub(super) fn plan(
     device: &Device,
 ) -> Result<(MemoryPlan, usize)> {
     let (precision, block_size) = (options.precision(), options.block_size);
-    let tally = || Tally { caps: device.caps(), bytes: 0 };
+    let tally = || Tally::new(device.caps());
     let (mut weights, mut kv_cache, mut scratch) = (tally(), tally(), tally());
     Model::tally(spec, precision, n_positions, layout, &mut weights)?;
     Scratch::alloc(&mut scratch, spec, limits, precision.activations)?;
@@ -63,10 +63,7 @@ pub(super) fn plan(
         weights: weights.bytes,
         kv_cache: kv_cache.bytes,
         scratch: scratch.bytes,
-        host: match layout {
-            ExpertLayout::Cached(_) => ExpertCache::host_bytes(spec, precision),
-            _ => 0,
-        },
+        host: weights.host_bytes,
         available: match options.kv_cache_memory {
             // The caller's word counts, but the cache must hold one sequence.
             Some(bytes) => {

@@ -23,8 +23,8 @@ use crate::{
     Result,
     device::{Device, DeviceChoice, Faults, Tier},
     engine::{Engine, EngineConfig, Runner, SamplingParams},
-    model::{ExpertCache, KvCache, Limits, Model, ModelSpec, Precision, pack_experts},
-    parallel::{CacheOptions, EplbOptions, Exchange},
+    model::{KvCache, Limits, Model, ModelSpec, Precision, pack_experts},
+    parallel::{CacheOptions, EplbOptions},
     text::{ChatTemplate, Tokenizer},
     weights::{Checkpoint, DummySource, Files, Source, WeightFormat},
 };
@@ -77,7 +77,7 @@ pub struct LlmOptions {
     pub mpi: Option<Duration>,
     /// Move experts between the devices as their work asks for.
     pub eplb: Option<EplbOptions>,
-    /// Keep all experts in the host's memory, and so many bytes of them on the device.
+    /// Keep all experts in the host's memory, and so many bytes of them on each device.
     pub expert_cache: Option<CacheOptions>,
     /// Room for so many more experts in each layer, see [`Llm::take_experts`].
     pub spare_experts: usize,
@@ -310,14 +310,6 @@ impl PlannedLlm {
             progress,
         )?
         .with_block_align(self.options.moe_block_align);
-        let exchange = match self.spread.cache {
-            Some(options) => {
-                let device = &mut self.device;
-                let cache = ExpertCache::load(&model, &*source, device, options, progress)?;
-                Some(Box::new(cache) as Box<dyn Exchange>)
-            }
-            None => exchange,
-        };
         let mut runner = Runner::new(self.device, model, kv, self.limits)?;
         if let Some(exchange) = exchange {
             runner = runner.with_exchange(exchange);

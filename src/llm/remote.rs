@@ -7,7 +7,7 @@ use crate::{
     device::Device,
     model::{ExpertShard, Limits, ModelSpec, Precision},
     parallel::{
-        Owners, ParallelError, Share, Worker,
+        ExpertLayout, Owners, ParallelError, Share, Worker,
         cluster::{Assignment, Cluster, Remote, serve_rank},
     },
     weights::{Checkpoint, Directory, DummySource, Source, WeightFormat},
@@ -27,15 +27,17 @@ pub(super) fn load(
     options: &LlmOptions,
     spec: &ModelSpec,
     limits: &Limits,
-    share: impl Fn(usize) -> Share,
+    layout: impl Fn(usize) -> ExpertLayout,
 ) -> Result<Vec<Box<dyn Worker>>> {
     let cluster = Cluster::join()?;
     let assign = |rank: usize| {
-        let Share { owners, rank, redundant } = share(rank);
+        let ExpertLayout { share, slots } = layout(rank);
+        let Share { owners, rank, redundant } = share.expect("ranks of a job share experts");
         let assignment = Assignment {
             owners,
             rank,
             redundant,
+            slots,
             max_tokens: limits.max_tokens,
             weights: options.precision().experts.to_string(),
             model: fingerprint(spec),
@@ -61,7 +63,8 @@ pub fn serve_experts(options: &LlmOptions) -> Result<()> {
     let directory = Directory(dir.clone());
     let spec = files::read_config(&directory, &dir)?.spec;
     serve_rank(|assignment| {
-        let Assignment { owners, rank, redundant, max_tokens, weights, model } = assignment.clone();
+        let Assignment { owners, rank, redundant, slots, max_tokens, weights, model } =
+            assignment.clone();
         let refused = |cause: &str| ParallelError::Cluster { cause: cause.to_owned() };
         // Numbers that rank 0 has given out beyond the checkpoint's are room for more.
         let room = owners.first().map_or(0, Owners::n_experts);
@@ -84,8 +87,9 @@ pub fn serve_experts(options: &LlmOptions) -> Result<()> {
             LoadFormat::Dummy => Box::new(DummySource::new(options.engine.seed)),
         };
         let precision = Precision::of(weights.parse::<WeightFormat>()?);
-        let share = Share { owners, rank, redundant };
-        let shard = ExpertShard::load(device, &spec, &*source, precision, &limits, share)?;
+        let share = Some(Share { owners, rank, redundant });
+        let layout = ExpertLayout { share, slots };
+        let shard = ExpertShard::load(device, &spec, &*source, precision, &limits, &layout)?;
         Ok(shard.with_block_align(options.moe_block_align))
     })
 }

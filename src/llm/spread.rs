@@ -4,10 +4,10 @@
 use crate::{
     Result,
     device::{Device, DeviceChoice},
-    model::{ExpertCache, ExpertShard, Limits, ModelSpec},
+    model::{ExpertShard, Limits, ModelSpec, cache_slots},
     parallel::{
-        CacheOptions, EplbOptions, Exchange, ExpertLayout, Owners, ParallelError, Placement, Rank,
-        Rebalancer, Sharded, Share, Worker,
+        CacheOptions, CacheSlots, EplbOptions, Exchange, ExpertLayout, Owners, ParallelError,
+        Placement, Rank, Rebalancer, Sharded, Share, Worker,
     },
     weights::Source,
 };
@@ -90,30 +90,30 @@ pub(super) struct Spread {
     /// The same in words, devices that were left out among them.
     measured: Vec<String>,
     eplb: Option<EplbOptions>,
-    /// The primary device has slots for experts, and the host's memory all of them.
-    pub(super) cache: Option<CacheOptions>,
-    /// Slots of each layer.
-    slots: usize,
+    /// Devices have slots for some experts, and the host's memory all of them.
+    slots: Option<CacheSlots>,
 }
 
 impl Spread {
-    /// Opens the devices of ranks 1, 2, ..., or sizes the only one's cache of experts.
+    /// Opens the devices of ranks 1, 2, ..., and sizes each one's cache of experts.
     pub(super) async fn open(
         options: &LlmOptions,
         spec: &ModelSpec,
         limits: &Limits,
     ) -> Result<Self> {
-        let choices = &options.expert_devices;
         if spec.n_experts() == 0 {
             return Ok(Self::default());
         }
-        if let Some(cache) = options.expert_cache {
-            if !choices.is_empty() || options.mpi.is_some() {
-                return Err(ParallelError::CacheOnSeveral.into());
-            }
-            let slots = ExpertCache::slots(spec, options.precision(), cache.bytes)?;
-            return Ok(Self { cache: Some(cache), slots, ..Self::default() });
-        }
+        let slots = |cache: CacheOptions| -> Result<CacheSlots> {
+            let n = cache_slots(spec, options.precision(), cache.bytes)?;
+            Ok(CacheSlots { n, policy: cache.policy })
+        };
+        let slots = options.expert_cache.map(slots).transpose()?;
+        Ok(Self { slots, ..Self::ranks(options, spec, limits).await? })
+    }
+
+    async fn ranks(options: &LlmOptions, spec: &ModelSpec, limits: &Limits) -> Result<Self> {
+        let choices = &options.expert_devices;
         if options.mpi.is_some() {
             let owners = options.expert_placement.owners(spec, remote_ranks(choices)?)?;
             return Ok(Self { owners, is_remote: true, eplb: options.eplb, ..Self::default() });
@@ -172,11 +172,12 @@ impl Spread {
 
     /// What the primary device holds.
     pub(super) fn layout(&self) -> ExpertLayout {
-        match self.owners.is_empty() {
-            true if self.cache.is_some() => ExpertLayout::Cached(self.slots),
-            true => ExpertLayout::All,
-            false => ExpertLayout::Share(self.share(0)),
-        }
+        self.layout_of(0)
+    }
+
+    fn layout_of(&self, rank: usize) -> ExpertLayout {
+        let share = (!self.owners.is_empty()).then(|| self.share(rank));
+        ExpertLayout { share, slots: self.slots }
     }
 
     fn share(&self, rank: usize) -> Share {
@@ -220,7 +221,8 @@ impl Spread {
         if self.is_remote {
             #[cfg(feature = "mpi")]
             {
-                let workers = super::remote::load(options, spec, limits, |rank| self.share(rank))?;
+                let workers =
+                    super::remote::load(options, spec, limits, |rank| self.layout_of(rank))?;
                 return Ok(Some(Box::new(Sharded::new(workers, self.owners.clone()))));
             }
         }
@@ -228,8 +230,8 @@ impl Spread {
         let devices = std::mem::take(&mut self.devices).into_iter().enumerate();
         let load = |(i, device): (usize, Device)| -> Result<Box<dyn Worker>> {
             let rank = i + 1;
-            let share = self.share(rank);
-            let shard = ExpertShard::load(device, spec, source, precision, limits, share)
+            let layout = self.layout_of(rank);
+            let shard = ExpertShard::load(device, spec, source, precision, limits, &layout)
                 .map_err(|e| ParallelError::worker(rank, e))?;
             Ok(Box::new(shard.with_block_align(options.moe_block_align)))
         };

@@ -19,6 +19,7 @@ use super::{
     linear::Linear,
     loader::{Cols, Heads, Loader, Rows},
     mlp::Mlp,
+    offload::Home,
     regime::ExpertShape,
     scratch::{Buffers, Routed, StepInputs},
 };
@@ -51,14 +52,15 @@ pub(super) struct CorrectionBias {
 pub(super) struct RoutedExperts {
     banks: Banks,
     shape: ExpertShape,
+    /// Where the experts stay, if the banks are slots that they visit in turn.
+    home: Option<Home>,
     /// Places in the banks.
-    n_held: usize,
-    /// Experts by place, none where they come and go.
+    n_here: usize,
+    /// Experts by place, at home if they have one.
     held: Vec<usize>,
-    /// Where to find which; global ids are places in the banks if absent.
+    /// Which is where, if other devices hold the rest and their sums come in; ids are places if
+    /// absent.
     map: Option<Tensor>,
-    /// Whether other devices hold the rest, so that their sums come in.
-    is_shared_out: bool,
     /// Whether one launch multiplies the blocks of many experts, rather than of each in turn.
     block_align: bool,
 }
@@ -184,17 +186,11 @@ impl Experts {
         rec.cut();
         rec.push(MapExperts { ids, map, out: local_ids });
         self.routed.record(rec, buffers, x, local_ids, weights, residual);
-        if self.routed.is_shared_out {
-            // While the others compute.
-            self.record_shared(rec, inputs, buffers, x, residual);
-            rec.cut();
-            let (x, ids) = (buffers.rows(buffers.partial, n), buffers.rows(buffers.one_slot, n));
-            rec.push(CombineExperts { x, ids, out: residual });
-        } else {
-            // Not between the cuts: what stands there may run several times.
-            rec.cut();
-            self.record_shared(rec, inputs, buffers, x, residual);
-        }
+        // While the others compute.
+        self.record_shared(rec, inputs, buffers, x, residual);
+        rec.cut();
+        let (x, ids) = (buffers.rows(buffers.partial, n), buffers.rows(buffers.one_slot, n));
+        rec.push(CombineExperts { x, ids, out: residual });
     }
 
     fn record_shared(
@@ -227,19 +223,24 @@ impl RoutedExperts {
         let mut table = |(cols, map): (usize, Vec<i32>)| {
             loader.table("expert map", &[routing.n_experts, cols], &map)
         };
-        let (held, n_held, map) = match layout {
-            ExpertLayout::All => ((0..routing.n_experts).collect(), routing.n_experts, None),
-            ExpertLayout::Share(share) => {
+        let (held, n_places, map) = match &layout.share {
+            None => ((0..routing.n_experts).collect(), routing.n_experts, None),
+            Some(share) => {
                 let held = share.owners[moe_index].held(share.rank).to_vec();
                 (held, share.places(moe_index), Some(table(share.map(moe_index))?))
             }
-            ExpertLayout::Cached(slots) => {
-                let nowhere = [1, -1].repeat(routing.n_experts);
-                (Vec::new(), (*slots).min(routing.n_experts), Some(table((2, nowhere))?))
-            }
+        };
+        let home = match layout.slots.filter(|slots| slots.n < n_places) {
+            Some(slots) => Some(Home::load(loader, shape, &held, n_places, slots)?),
+            None => None,
+        };
+        let (banks, n_here) = match &home {
+            Some(home) => (shape.load(loader, &[], home.n_slots())?, home.n_slots()),
+            None => (shape.load(loader, &held, n_places)?, n_places),
         };
         Ok(Self {
-            banks: shape.load(loader, &held, n_held)?,
+            banks,
+            home,
             shape: ExpertShape {
                 hidden: shape.hidden,
                 width: shape.width,
@@ -247,10 +248,9 @@ impl RoutedExperts {
                 top_k: routing.top_k,
                 format: shape.format,
             },
-            n_held,
+            n_here,
             held,
             map,
-            is_shared_out: matches!(layout, ExpertLayout::Share(..)),
             block_align: true,
         })
     }
@@ -260,14 +260,22 @@ impl RoutedExperts {
         self.block_align = on;
     }
 
-    /// The experts' weights.
-    pub(super) fn banks(&self) -> &Banks {
-        &self.banks
+    /// Where the experts stay, if they visit the device in turn.
+    pub(super) fn home(&self) -> Option<&Home> {
+        self.home.as_ref()
     }
 
-    /// Number of places in the banks, and the table that says what is in them, if not all is here.
-    pub(super) fn places(&self) -> (usize, Option<Tensor>) {
-        (self.n_held, self.map)
+    /// The packed expert at a place.
+    pub(super) fn read(&self, device: &mut Device, place: usize) -> Result<Vec<u8>> {
+        self.home.as_ref().map_or(&self.banks, Home::banks).read(device, place)
+    }
+
+    /// Overwrites the expert at a place with a packed one.
+    pub(super) fn write(&self, device: &mut Device, place: usize, packed: &[u8]) {
+        self.home.as_ref().map_or(&self.banks, Home::banks).write(device, place, packed);
+        if let Some(home) = &self.home {
+            home.forget(device);
+        }
     }
 
     /// Puts experts where `new` has them on `rank`; `packed` has those that move, by number.
@@ -279,7 +287,7 @@ impl RoutedExperts {
         packed: &HashMap<usize, Vec<u8>>,
     ) {
         for (place, expert) in new.changes(old, rank) {
-            self.banks.write(device, place, &packed[&expert]);
+            self.write(device, place, &packed[&expert]);
         }
         self.held = new.held(rank).to_vec();
         if let Some(map) = &self.map {
@@ -287,7 +295,7 @@ impl RoutedExperts {
         }
     }
 
-    /// Where an expert stays in the banks, if it does.
+    /// The place where an expert stays, if it does.
     pub(super) fn place(&self, expert: usize) -> Option<usize> {
         self.held.iter().position(|&held| held == expert)
     }
@@ -297,8 +305,8 @@ impl RoutedExperts {
         self.banks.bytes(hidden, self.shape.width)
     }
 
-    /// Adds the weighted outputs of the experts that are here for `x` `[n, hidden]` to `out`.
-    /// `ids` are places in the banks, -1 where an expert is elsewhere.
+    /// Adds the weighted outputs of this device's experts for `x` `[n, hidden]` to `out`. `ids` are
+    /// their places, -1 where an expert is elsewhere.
     pub(super) fn record(
         &self,
         rec: &mut Recording,
@@ -308,9 +316,29 @@ impl RoutedExperts {
         weights: Tensor,
         out: Tensor,
     ) {
-        if self.n_held == 0 {
+        if self.n_here == 0 {
             return;
         }
+        let Some(home) = &self.home else {
+            return self.record_here(rec, buffers, x, ids, weights, out);
+        };
+        let slot_ids = buffers.slot_ids.reshape(&[ids.rows(), ids.cols()]);
+        for turn in 0..home.turns(ids.len()) {
+            home.record(rec, &self.banks, turn, ids, slot_ids);
+            self.record_here(rec, buffers, x, slot_ids, weights, out);
+        }
+    }
+
+    /// The same for experts in the banks.
+    fn record_here(
+        &self,
+        rec: &mut Recording,
+        buffers: &Buffers,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        out: Tensor,
+    ) {
         match self.block_size(rec, x) {
             1 => self.record_few(rec, buffers, x, ids, weights, out),
             _ => self.record_many(rec, buffers, x, ids, weights, out),
@@ -371,13 +399,13 @@ impl RoutedExperts {
         weights: Tensor,
         residual: Tensor,
     ) {
-        let (n_slots, n_held, block_size) = (ids.len(), self.n_held, self.block_size(rec, x));
+        let (n_slots, n_here, block_size) = (ids.len(), self.n_here, self.block_size(rec, x));
         let (both, inner) = buffers.gated(n_slots, self.shape.width);
         let out = buffers.rows(buffers.slots_hidden, n_slots);
         let aligned: Aligned = buffers.aligned.expect("allocated for models with experts");
         let aligned =
-            aligned.reshape(AlignShape { n_entries: n_slots, n_experts: n_held, block_size });
-        align_experts(rec, ids, n_held, block_size, &aligned);
+            aligned.reshape(AlignShape { n_entries: n_slots, n_experts: n_here, block_size });
+        align_experts(rec, ids, n_here, block_size, &aligned);
         let gated = ExpertGemm::gates(rec.caps(), x.dtype);
         let blocks_each = ids.rows().div_ceil(block_size);
         let gemm = |label, first_expert, bank: Matrix, x, divide, weights, out, gated| ExpertGemm {
@@ -448,7 +476,7 @@ impl Shared {
             router: router(loader, Rows::all(format!("{prefix}_gate"), 1), hidden)?,
             correction_bias: None,
             choice: routing,
-            routed: RoutedExperts::load(loader, &shape, routing, &ExpertLayout::All, 0)?,
+            routed: RoutedExperts::load(loader, &shape, routing, &ExpertLayout::default(), 0)?,
             shared: None,
         })))
     }

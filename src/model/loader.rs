@@ -224,6 +224,8 @@ pub(super) struct Loader<'a> {
     target: Target<'a>,
     caps: Caps,
     progress: &'a dyn Fn(u64),
+    /// Allocate in the host's memory.
+    on_host: bool,
 }
 
 enum Target<'a> {
@@ -238,12 +240,14 @@ impl<'a> Loader<'a> {
         device: &'a mut Device,
         progress: &'a dyn Fn(u64),
     ) -> Self {
-        Self { caps: device.caps(), target: Target::Device(source, device), progress }
+        let caps = device.caps();
+        Self { caps, target: Target::Device(source, device), progress, on_host: false }
     }
 
     /// Counts only.
     pub(super) fn counting(tally: &'a mut Tally) -> Self {
-        Self { caps: tally.caps.clone(), target: Target::Tally(tally), progress: &|_| {} }
+        let caps = tally.caps.clone();
+        Self { caps, target: Target::Tally(tally), progress: &|_| {}, on_host: false }
     }
 
     /// Whether the checkpoint has a tensor; false where nothing is read.
@@ -252,10 +256,27 @@ impl<'a> Loader<'a> {
     }
 
     fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        Ok(match &mut self.target {
-            Target::Device(_, device) => device.alloc(what, shape, dtype)?,
-            Target::Tally(tally) => tally.alloc(what, shape, dtype)?,
+        let target: &mut dyn Allocate = match &mut self.target {
+            Target::Device(_, device) => *device,
+            Target::Tally(tally) => *tally,
+        };
+        Ok(match self.on_host {
+            true => target.alloc_on_host(what, shape, dtype)?,
+            false => target.alloc(what, shape, dtype)?,
         })
+    }
+
+    /// What `load` loads stays in the host's memory.
+    pub(super) fn on_host<T>(&mut self, load: impl FnOnce(&mut Self) -> T) -> T {
+        self.on_host = true;
+        let loaded = load(self);
+        self.on_host = false;
+        loaded
+    }
+
+    /// Memory that kernels write.
+    pub(super) fn zeros(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        self.alloc(what, shape, dtype)
     }
 
     /// A table that the host writes.

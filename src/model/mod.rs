@@ -22,7 +22,7 @@ mod transformer;
 pub use banks::expert_tensors;
 pub use kv_cache::KvCache;
 pub use loader::Precision;
-pub use offload::ExpertCache;
+pub use offload::{cache_slots, expert_bytes};
 pub use regime::{ExpertShape, candidates};
 pub use rope::RopeScaling;
 pub use scratch::{Limits, Scratch, StepInputs, StepShape};

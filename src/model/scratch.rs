@@ -113,6 +113,8 @@ pub(super) struct Buffers {
     pub(super) aligned: Option<Aligned>,
     /// Chosen experts by their places on this device. I32 `[max_tokens * top_k]`
     pub(super) local_ids: Tensor,
+    /// The same by slots, where experts come and go. I32 `[max_tokens * top_k]`
+    pub(super) slot_ids: Tensor,
     /// Sums of experts that other devices hold. F32 `[max_tokens, hidden]`
     pub(super) partial: Tensor,
     /// Zeros: one slot for each row, which holds something. I32 `[max_tokens, 1]`
@@ -329,6 +331,7 @@ impl Buffers {
             inner: alloc("gated", widths.inner, act)?,
             slots_hidden: device.alloc("expert outputs", &[slots, hidden], act)?,
             local_ids: device.alloc("local expert ids", &[slots], DType::I32)?,
+            slot_ids: device.alloc("slots of experts", &[slots], DType::I32)?,
             partial: device.alloc("partial sums", &[n, hidden], DType::F32)?,
             one_slot: device.alloc("one slot", &[n, 1], DType::I32)?,
             aligned,

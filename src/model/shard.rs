@@ -5,8 +5,8 @@ use std::collections::HashMap;
 
 use crate::{
     Result,
-    device::{Device, Plan, Readback, Recording},
-    parallel::{ExpertLayout, Owners, Rows, Share, Worker},
+    device::{Device, Plan, Readback, Recording, Tensor},
+    parallel::{CacheStats, CacheTally, ExpertLayout, Owners, Rows, Worker},
     weights::Source,
 };
 
@@ -15,6 +15,7 @@ use super::{
     banks::{BankShape, names},
     experts::RoutedExperts,
     loader::Loader,
+    offload::Home,
     scratch::Buffers,
 };
 
@@ -28,12 +29,21 @@ pub struct ExpertShard {
     buffers: Buffers,
     /// By layer and number of rows.
     plans: HashMap<(usize, usize), Plan>,
-    /// Sums on their way.
-    pending: Option<Readback>,
+    /// Sums on their way, and the cache's counters of a layer behind them.
+    pending: Option<Pending>,
+    cache: CacheTally,
+}
+
+#[derive(Debug)]
+struct Pending {
+    readback: Readback,
+    n_sums: usize,
+    /// Among those that have slots.
+    cached_layer: usize,
 }
 
 impl ExpertShard {
-    /// Loads the experts of `share` from `source`, and no others, for steps up to `limits`.
+    /// Loads the experts of `layout` from `source`, and no others, for steps up to `limits`.
     ///
     /// # Errors
     /// [`crate::weights::WeightsError`] for missing or misshapen tensors,
@@ -44,21 +54,21 @@ impl ExpertShard {
         source: &dyn Source,
         precision: Precision,
         limits: &Limits,
-        share: Share,
+        layout: &ExpertLayout,
     ) -> Result<Self> {
         let limits = Limits { max_logits: 1, ..*limits };
         let buffers = Buffers::alloc(&mut device, spec, &limits, precision.activations)?;
-        let layout = ExpertLayout::Share(share);
         let mut loader = Loader::new(source, &mut device, &|_| {});
         let mut layers = Vec::new();
         for (moe_index, (index, moe)) in spec.moe_layers().enumerate() {
             let (_, names) = names(|name| loader.contains(name), spec, index);
             let shape = BankShape::of(spec, moe, names, precision);
-            let layer = RoutedExperts::load(&mut loader, &shape, moe.routing, &layout, moe_index)?;
+            let layer = RoutedExperts::load(&mut loader, &shape, moe.routing, layout, moe_index)?;
             layers.push(layer);
         }
+        let cache = CacheTally::new(layers.iter().filter_map(|l| l.home()).map(Home::size));
         let (spec, plans) = (spec.clone(), HashMap::new());
-        Ok(Self { device, spec, layers, buffers, plans, pending: None })
+        Ok(Self { device, spec, layers, buffers, plans, pending: None, cache })
     }
 
     /// As [`super::Model::with_block_align`].
@@ -95,21 +105,31 @@ impl Worker for ExpertShard {
         let plan = &self.plans[&(layer, n)];
         let all = 0..plan.recording().dispatches.len();
         let wanted = sums.reshape(&[rows.n, sums.cols()]);
-        self.pending = Some(self.device.submit(plan, all, &[wanted])?);
+        let counters = self.layers[layer].home().map(Home::counters);
+        let reads: Vec<Tensor> = std::iter::once(wanted).chain(counters).collect();
+        let readback = self.device.submit(plan, all, &reads)?;
+        let cached_layer = self.layers[..layer].iter().filter(|l| l.home().is_some()).count();
+        self.pending = Some(Pending { readback, n_sums: wanted.len(), cached_layer });
         Ok(())
     }
 
     fn finish(&mut self) -> Result<Vec<f32>> {
-        let Some(sums) = self.pending.take() else { return Ok(Vec::new()) };
-        Ok(bytemuck::pod_collect_to_vec(&sums.wait_now()?))
+        let Some(pending) = self.pending.take() else { return Ok(Vec::new()) };
+        let bytes = pending.readback.wait_now()?;
+        let (sums, counters) = bytes.split_at(pending.n_sums * size_of::<f32>());
+        if !counters.is_empty() {
+            let counters: Vec<u32> = bytemuck::pod_collect_to_vec(counters);
+            self.cache.read(pending.cached_layer, &counters);
+        }
+        Ok(bytemuck::pod_collect_to_vec(sums))
     }
 
     fn read_expert(&mut self, layer: usize, place: usize) -> Result<Vec<u8>> {
-        self.layers[layer].banks().read(&mut self.device, place)
+        self.layers[layer].read(&mut self.device, place)
     }
 
     fn write_expert(&mut self, layer: usize, place: usize, packed: &[u8]) -> Result<()> {
-        self.layers[layer].banks().write(&mut self.device, place, packed);
+        self.layers[layer].write(&mut self.device, place, packed);
         // Whether it arrived is known now, not a step later.
         Ok(self.device.wait()?)
     }
@@ -127,6 +147,10 @@ impl Worker for ExpertShard {
 
     fn probe(&self) -> Result<()> {
         Ok(self.device.probe()?)
+    }
+
+    fn cache_stats(&self) -> Option<CacheStats> {
+        self.cache.stats()
     }
 
     fn blocks(&self) -> bool {

@@ -185,7 +185,7 @@ impl Model {
     ) -> Result<Option<Vec<u8>>> {
         let experts = self.routed_experts().nth(layer);
         let found = experts.and_then(|experts| Some((experts, experts.place(expert)?)));
-        found.map(|(experts, place)| experts.banks().read(device, place)).transpose()
+        found.map(|(experts, place)| experts.read(device, place)).transpose()
     }
 
     /// Overwrites an expert that stays on this device, behind all work submitted so far.
@@ -193,7 +193,7 @@ impl Model {
         if let Some(experts) = self.routed_experts().nth(new.layer)
             && let Some(place) = experts.place(new.expert)
         {
-            experts.banks().write(device, place, &new.bytes);
+            experts.write(device, place, &new.bytes);
         }
     }
 

@@ -4,7 +4,7 @@ use crate::{
     Result,
     device::{Allocate, DType, Device, Recording, Tally, Tensor},
     kernels::{CountExperts, Embed, Logprobs, Norm, RmsNorm, Sample, Store},
-    parallel::{ExpertLayout, Handoff},
+    parallel::{CacheLayer, ExpertLayout, Handoff},
     weights::Source,
 };
 
@@ -63,7 +63,7 @@ impl Model {
         n_positions: usize,
         progress: &dyn Fn(u64),
     ) -> Result<Self> {
-        let all = ExpertLayout::All;
+        let all = ExpertLayout::default();
         Self::load_part(spec, source, device, precision, n_positions, &all, progress)
     }
 
@@ -162,6 +162,13 @@ impl Model {
     /// The routed experts of each layer that has some.
     pub(super) fn routed_experts(&self) -> impl Iterator<Item = &RoutedExperts> {
         self.experts().map(Experts::routed)
+    }
+
+    /// Counters of each layer that has slots for some of its experts, see
+    /// [`crate::kernels::CacheExperts`], and its size.
+    pub fn expert_caches(&self) -> impl Iterator<Item = (Tensor, CacheLayer)> {
+        let homes = self.routed_experts().filter_map(RoutedExperts::home);
+        homes.map(|home| (home.counters(), home.size()))
     }
 
     /// Longest context that the rotary table covers.

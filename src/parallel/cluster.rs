@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 use crate::Result;
 
-use super::{Owners, ParallelError, Rows, Worker};
+use super::{CacheSlots, Owners, ParallelError, Rows, Worker};
 
 /// Tag of messages from rank 0.
 const ASK: i32 = 1;
@@ -185,6 +185,8 @@ pub struct Assignment {
     pub rank: usize,
     /// As in [`super::Share`].
     pub redundant: Option<usize>,
+    /// As in [`super::ExpertLayout`].
+    pub slots: Option<CacheSlots>,
     /// Rows of a step at most.
     pub max_tokens: usize,
     /// Packing of the experts, as [`crate::weights::WeightFormat`] writes it.
@@ -210,6 +212,7 @@ impl Assignment {
             "owners": self.owners.iter().map(held).collect::<Value>(),
             "rank": self.rank,
             "redundant": self.redundant,
+            "slots": self.slots.map(|slots| json!([slots.n, slots.policy.to_string()])),
             "max_tokens": self.max_tokens,
             "weights": self.weights,
             "model": self.model,
@@ -222,6 +225,13 @@ impl Assignment {
             owners: header["owners"].as_array()?.iter().map(owners).collect::<Option<_>>()?,
             rank: number("rank")? as usize,
             redundant: number("redundant").map(|n| n as usize),
+            slots: match &header["slots"] {
+                Value::Null => None,
+                slots => Some(CacheSlots {
+                    n: slots[0].as_u64()? as usize,
+                    policy: slots[1].as_str()?.parse().ok()?,
+                }),
+            },
             max_tokens: number("max_tokens")? as usize,
             weights: header["weights"].as_str()?.to_owned(),
             model: number("model")?,
@@ -417,6 +427,7 @@ fn act(worker: &mut dyn Worker, header: &Value, rest: &[u8]) -> Result<Vec<u8>> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::parallel::CachePolicy;
 
     #[test]
     fn messages_are_read_back() {
@@ -427,8 +438,10 @@ mod tests {
         assert_eq!(parse(&[]), None);
         let owners = vec![Owners::linear(5, 2), Owners::round_robin(5, 2)];
         let (weights, model) = ("w8a16".to_owned(), u64::MAX);
-        let redundant = Some(3);
-        let sent = Assignment { owners, rank: 1, redundant, max_tokens: 9, weights, model };
+        let (redundant, slots) = (Some(3), Some(CacheSlots { n: 4, policy: CachePolicy::Lfu }));
+        let sent = Assignment { owners, rank: 1, redundant, slots, max_tokens: 9, weights, model };
+        assert_eq!(Assignment::from_json(&sent.to_json()), Some(sent.clone()));
+        let sent = Assignment { slots: None, ..sent };
         assert_eq!(Assignment::from_json(&sent.to_json()), Some(sent));
     }
 }

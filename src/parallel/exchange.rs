@@ -2,7 +2,7 @@
 //! primary device: activations go to the owners of the chosen experts and partial sums come back.
 //! Knows devices and ranks; what a rank computes with is behind [`Worker`].
 
-use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+use std::{collections::HashMap, fmt, ops::Add, sync::Arc, time::Duration};
 
 use web_time::Instant;
 
@@ -53,18 +53,13 @@ pub trait Exchange: fmt::Debug + Send {
     ///
     /// # Errors
     /// [`crate::device::DeviceError`], [`ParallelError::Worker`].
-    fn read_expert(
-        &mut self,
-        device: &mut Device,
-        layer: usize,
-        expert: usize,
-    ) -> Result<Option<Vec<u8>>>;
+    fn read_expert(&mut self, layer: usize, expert: usize) -> Result<Option<Vec<u8>>>;
 
     /// Overwrites an expert wherever it keeps one elsewhere than on the primary device.
     ///
     /// # Errors
     /// [`crate::device::DeviceError`], [`ParallelError::Worker`].
-    fn write_expert(&mut self, device: &mut Device, new: &PackedExpert) -> Result<()>;
+    fn write_expert(&mut self, new: &PackedExpert) -> Result<()>;
 
     /// Moves experts of a layer from their old owners to new ones; `packed` has those that move,
     /// by number. The primary device's are moved by its owner.
@@ -94,7 +89,7 @@ pub trait Exchange: fmt::Debug + Send {
         None
     }
 
-    /// What its caches have done, if it has any.
+    /// What caches of experts elsewhere have done, if there are any.
     fn cache_stats(&self) -> Option<CacheStats> {
         None
     }
@@ -183,6 +178,11 @@ pub trait Worker: fmt::Debug + Send {
     /// # Errors
     /// Those of its device, or of the way there.
     fn probe(&self) -> Result<()>;
+
+    /// What its cache of experts has done, if it has one.
+    fn cache_stats(&self) -> Option<CacheStats> {
+        None
+    }
 
     /// Whether [`Worker::submit`] only returns when all is computed; such workers go last.
     fn blocks(&self) -> bool {
@@ -304,19 +304,14 @@ impl Exchange for Sharded {
         Ok(())
     }
 
-    fn read_expert(
-        &mut self,
-        _: &mut Device,
-        layer: usize,
-        expert: usize,
-    ) -> Result<Option<Vec<u8>>> {
+    fn read_expert(&mut self, layer: usize, expert: usize) -> Result<Option<Vec<u8>>> {
         let place = self.owners[layer].places(expert).find(|place| place.0 > 0);
         let Some((rank, place)) = place else { return Ok(None) };
         let read = self.workers[rank - 1].read_expert(layer, place);
         Ok(Some(read.map_err(|e| ParallelError::worker(rank, e))?))
     }
 
-    fn write_expert(&mut self, _: &mut Device, new: &PackedExpert) -> Result<()> {
+    fn write_expert(&mut self, new: &PackedExpert) -> Result<()> {
         for (rank, place) in self.owners[new.layer].places(new.expert).filter(|p| p.0 > 0) {
             let worker = &mut self.workers[rank - 1];
             let written = worker.write_expert(new.layer, place, &new.bytes);
@@ -353,5 +348,9 @@ impl Exchange for Sharded {
 
     fn owners(&self) -> Option<Arc<Vec<Owners>>> {
         Some(self.owners.clone())
+    }
+
+    fn cache_stats(&self) -> Option<CacheStats> {
+        self.workers.iter().filter_map(|worker| worker.cache_stats()).reduce(CacheStats::add)
     }
 }

@@ -13,7 +13,7 @@ mod rebalance;
 pub mod simulate;
 
 pub use balance::{Cluster, balancedness, is_improvement, preserve_slots, rebalance, replicate};
-pub use cache::{CacheOptions, CachePolicy, CacheStats, SlotCache};
+pub use cache::{CacheLayer, CacheOptions, CachePolicy, CacheSlots, CacheStats, CacheTally};
 pub use exchange::{Exchange, ExchangeStats, Handoff, Own, PackedExpert, Rows, Sharded, Worker};
 pub use owners::{ExpertLayout, Owners, Share};
 pub use placement::{Placement, Rank};
@@ -80,9 +80,16 @@ pub enum ParallelError {
         /// What is wrong.
         cause: String,
     },
-    /// A cache of experts that several devices share.
-    #[error("an expert cache works on one device; leave out --devices or --expert-cache-memory")]
-    CacheOnSeveral,
+    /// A cache for more experts than its kernel knows.
+    #[error(
+        "an expert cache knows {most} experts of a layer at most, and this one has {n_experts}"
+    )]
+    CacheTooMany {
+        /// Experts of the layer.
+        n_experts: usize,
+        /// The limit.
+        most: usize,
+    },
     /// A device that computes experts for another one failed.
     #[error("device {rank}, which holds some of the experts, failed: {source}")]
     Worker {

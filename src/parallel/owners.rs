@@ -1,6 +1,6 @@
 //! Who holds which experts of one layer, and which replica serves a token.
 
-use super::ParallelError;
+use super::{CacheSlots, ParallelError};
 
 /// Where the experts of one layer are. A rank is a device; 0 is the primary. A rank's experts have
 /// local ids in the order in which it holds them.
@@ -12,16 +12,13 @@ pub struct Owners {
     replicas: Vec<Vec<(usize, usize)>>,
 }
 
-/// Which of the routed experts a device holds.
+/// Which of the routed experts a device holds, and where. By default every one in its own memory.
 #[derive(Debug, Clone, Default)]
-pub enum ExpertLayout {
-    /// Every one.
-    #[default]
-    All,
-    /// Those of a rank.
-    Share(Share),
-    /// At most so many of each layer at a time; see [`super::SlotCache`].
-    Cached(usize),
+pub struct ExpertLayout {
+    /// Those of a rank only.
+    pub share: Option<Share>,
+    /// At most so many of each layer at a time; all of them stay in the host's memory.
+    pub slots: Option<CacheSlots>,
 }
 
 /// What a rank holds of all layers.

@@ -120,14 +120,13 @@ fn exchange_metrics(page: &mut Page, stats: &EngineStats) {
         ("hits", "Chosen experts that were on the device, by layer and step.", cache.hits),
         ("misses", "Chosen experts that had to be copied to it.", cache.misses),
         ("bytes_moved", "Bytes of weights copied to the device.", cache.bytes_moved),
-        ("stalls", "Layers of steps that waited for a copy.", cache.stalls),
+        ("stalls", "Turns of layers that waited for a copy.", cache.stalls),
         ("extra_turns", "Turns of layers that chose more experts than slots.", cache.extra_turns),
     ] {
         page.counter(&format!("vllm_moe_expert_cache_{name}_total"), help, value);
     }
-    let name = "vllm_moe_expert_cache_stalled_seconds_total";
-    let seconds = [(String::new(), cache.stalled.as_secs_f64())];
-    page.series(name, "counter", "Host time of starting copies.", seconds);
+    let help = "Device time of copying experts in the last step that was timed.";
+    page.gauge("vllm_moe_expert_cache_fetch_ms", help, stats.fetch_ms.unwrap_or(0.0));
     page.gauge("vllm_moe_expert_cache_hit_rate", "Hits over all.", cache.hit_rate());
     let help = "Experts that fit the device, over all.";
     let share = cache.slots as f64 / cache.experts.max(1) as f64;

@@ -122,7 +122,6 @@ impl Throughput {
         ("expert cache, hit rate", "expert_cache_hit_rate"),
         ("expert cache, MiB moved", "expert_cache_mib_moved"),
         ("expert cache, stalls", "expert_cache_stalls"),
-        ("expert cache, in stalls (s)", "expert_cache_stalled_time"),
         ("expert cache, extra turns", "expert_cache_extra_turns"),
     ];
 
@@ -174,7 +173,6 @@ fn add_cache(report: &mut Value, cache: &CacheStats) {
         ("hit_rate", json!(cache.hit_rate())),
         ("mib_moved", json!(cache.bytes_moved as f64 / f64::from(1 << 20))),
         ("stalls", json!(cache.stalls)),
-        ("stalled_time", json!(cache.stalled.as_secs_f64())),
         ("extra_turns", json!(cache.extra_turns)),
     ];
     for (name, value) in fields {
