@@ -29,7 +29,8 @@ fn record(name: &str, caps: &Caps, n: usize, block_align: bool) -> (Recording, M
     let scratch = Scratch::alloc(&mut device, &model.spec, &LIMITS, model.precision.activations)
         .expect("fits");
     let (n_prefill, n_tiles, sample, logprobs) = (0, 0, false, false);
-    let shape = StepShape { n_decode: n, n_prefill, n_tiles, n_logits: n, sample, logprobs };
+    let shape =
+        StepShape { n_decode: n, n_prefill, n_tiles, n_logits: n, sample, logprobs, split: None };
     let mut rec = Recording::new(caps);
     model.record(&mut rec, &shape, &scratch, &kv);
     (rec, model.spec)

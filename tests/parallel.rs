@@ -20,13 +20,26 @@ use crate::{
 
 const CPU: DeviceChoice = DeviceChoice::Cpu;
 const F32: WeightFormat = WeightFormat::F32;
+/// Enough for parts of a step that a device can bind by themselves.
+const MOST_SEQUENCES: usize = 24;
 
 /// A model whose experts are on these devices.
 fn spread(dir: &Path, devices: &[DeviceChoice], placement: ExpertPlacement) -> Llm {
+    split(dir, devices, placement, None)
+}
+
+/// The same, whose steps of so many tokens and more are split in two.
+fn split(
+    dir: &Path,
+    devices: &[DeviceChoice],
+    placement: ExpertPlacement,
+    dual_batch_tokens: Option<usize>,
+) -> Llm {
     let options = LlmOptions {
+        dual_batch_tokens,
         text: false,
         max_model_len: Some(128),
-        max_num_seqs: 4,
+        max_num_seqs: MOST_SEQUENCES,
         expert_devices: devices[1..].to_vec(),
         expert_placement: placement,
         ..options(dir, devices[0].clone(), F32)
@@ -105,6 +118,57 @@ fn any_number_of_devices_computes_what_one_does() {
 fn the_default_model_is_the_same_on_logical_adapters() {
     check(&gull(), &[GPU, GPU], ExpertPlacement::Linear);
     check(&gull(), &[GPU, CPU, GPU, CPU], ExpertPlacement::RoundRobin);
+}
+
+/// Tokens of requests that run together: prompts of all lengths, so that steps have both decoding
+/// and tiles.
+fn greedy_together(llm: &mut Llm) -> Vec<Vec<u32>> {
+    let ids: Vec<_> = (0..MOST_SEQUENCES)
+        .map(|i| {
+            let max_tokens = Some(6 + i % 3);
+            let params =
+                SamplingParams { max_tokens, ignore_eos: true, ..SamplingParams::greedy() };
+            let tokens = prompt(llm, 1 + 2 * i);
+            llm.engine.add(moewe::engine::Request::new(tokens, params)).expect("a valid request")
+        })
+        .collect();
+    let mut answers = vec![Vec::new(); ids.len()];
+    while llm.engine.is_busy() {
+        for output in llm.engine.step().expect("the step runs") {
+            let request = ids.iter().position(|&id| id == output.request).expect("one of ours");
+            answers[request].extend(output.token);
+        }
+    }
+    answers
+}
+
+#[test]
+fn a_step_in_two_parts_is_the_same_step() {
+    for (name, devices) in [
+        ("qwen3_moe", vec![CPU, CPU]),
+        ("glm4_moe", vec![CPU, CPU, CPU]),
+        ("qwen2_moe", vec![GPU, CPU]),
+        ("mixtral", vec![GPU, GPU, GPU]),
+    ] {
+        let dir = golden(name);
+        let mut alone = spread(&dir, &devices[..1], ExpertPlacement::Linear);
+        let [mut whole, mut halves] =
+            [None, Some(8)].map(|tokens| split(&dir, &devices, ExpertPlacement::Linear, tokens));
+        let rounds = [&mut whole, &mut halves].map(|llm| {
+            let off = worst(&logits(llm, 90), &logits(&mut alone, 90));
+            assert!(off < 1e-4, "{name}: logits are {off} off");
+            traffic(llm).rounds
+        });
+        // The step of 90 tokens makes two trips, the one of a single token one.
+        assert_eq!(2 * rounds[1], 3 * rounds[0], "{name}: it was not split");
+        let expected = greedy_together(&mut alone);
+        let together = [(&mut whole, rounds[0]), (&mut halves, rounds[1])].map(|(llm, before)| {
+            assert_eq!(greedy_together(llm), expected, "{name}");
+            traffic(llm).rounds - before
+        });
+        // But for the last ones, in which few requests are left.
+        assert!(2 * together[1] >= 3 * together[0], "{name}: {together:?}, so few were split");
+    }
 }
 
 #[test]

@@ -188,13 +188,17 @@ impl Worker for Late {
         self.shard.submit(layer, rows)
     }
 
-    fn finish(&mut self) -> Result<Vec<f32>> {
+    fn finish(&mut self, take: &mut dyn FnMut(&[f32])) -> Result<()> {
         let delay = Duration::from_millis(self.delay.load(Ordering::Relaxed));
         thread::sleep(delay.min(LIMIT));
         if delay > LIMIT {
             return Err(DeviceError::Timeout { seconds: LIMIT.as_secs() }.into());
         }
-        self.shard.finish()
+        self.shard.finish(take)
+    }
+
+    fn forget(&mut self) {
+        self.shard.forget();
     }
 
     fn read_expert(&mut self, layer: usize, place: usize) -> Result<Vec<u8>> {

@@ -4,7 +4,7 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use moewe::{
     device::{DeviceChoice, all_devices},
-    llm::ExpertPlacement,
+    llm::{DUAL_BATCH_TOKENS, ExpertPlacement},
     parallel::{CacheOptions, CachePolicy, EplbOptions},
 };
 
@@ -42,6 +42,10 @@ pub(crate) struct DeviceArgs {
     /// Share by which the busiest device's work must fall for experts to move
     #[arg(long, default_value_t = 0.05)]
     eplb_threshold: f64,
+    /// Tokens from which a step over several devices is split in two, so that one part computes
+    /// while the other waits for them
+    #[arg(long, default_value_t = DUAL_BATCH_TOKENS)]
+    dbo_token_threshold: usize,
     /// Keep all experts in the host's memory and copy those chosen to so much memory of each
     /// device: bytes, or with K, M or G
     #[arg(long, value_parser = bytes)]
@@ -115,6 +119,10 @@ impl DeviceArgs {
     }
 
     /// The cache of experts, if there is one.
+    pub(crate) fn dual_batch_tokens(&self) -> usize {
+        self.dbo_token_threshold
+    }
+
     pub(crate) fn cache(&self) -> Option<CacheOptions> {
         let policy = self.expert_cache_policy;
         self.expert_cache_memory.map(|bytes| CacheOptions { bytes, policy })

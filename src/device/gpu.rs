@@ -1,6 +1,6 @@
 //! A wgpu device: buffers and pipelines.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{
     BufferId, Caps, DeviceError, Dispatch, Shader, Tier, adapter,
@@ -15,7 +15,7 @@ pub struct Gpu {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     buffers: Vec<Option<wgpu::Buffer>>,
-    pipelines: Pipelines,
+    pipelines: Arc<Mutex<Pipelines>>,
     caps: Caps,
     info: adapter::AdapterInfo,
     memory_bytes: Option<u64>,
@@ -118,7 +118,8 @@ impl Gpu {
         device.set_device_lost_callback(move |reason, message| {
             sink.set(DeviceError::Lost { message: format!("{reason:?}: {message}") });
         });
-        let (buffers, pipelines) = (Vec::new(), Pipelines::open(&device, &adapter.get_info()));
+        let pipelines = Arc::new(Mutex::new(Pipelines::open(&device, &adapter.get_info())));
+        let buffers = Vec::new();
         let (bytes, peak_bytes, staging) = (0, 0, StagingPool::default());
         Ok(Self {
             device,
@@ -133,6 +134,23 @@ impl Gpu {
             failure,
             staging,
         })
+    }
+
+    /// See [`super::Device::beside`].
+    pub(super) fn beside(&self) -> Self {
+        Self {
+            device: self.device.clone(),
+            queue: self.queue.clone(),
+            buffers: Vec::new(),
+            pipelines: self.pipelines.clone(),
+            caps: self.caps.clone(),
+            info: self.info.clone(),
+            memory_bytes: self.memory_bytes,
+            bytes: 0,
+            peak_bytes: 0,
+            failure: self.failure(),
+            staging: self.staging.clone(),
+        }
     }
 
     pub(super) fn caps(&self) -> &Caps {
@@ -265,11 +283,15 @@ impl Gpu {
 
     /// Compiles what `dispatches` need and is not there yet.
     pub(super) fn compile(&mut self, dispatches: &[Dispatch]) -> Result<(), DeviceError> {
-        self.pipelines.prepare(&self.device, &self.failure, dispatches)
+        self.pipelines().prepare(&self.device, &self.failure, dispatches)
     }
 
     /// The compiled form of a shader that [`Gpu::compile`] has seen.
-    pub(super) fn pipeline(&self, shader: &Shader) -> &Pipeline {
-        self.pipelines.get(shader)
+    pub(super) fn pipeline(&self, shader: &Shader) -> Pipeline {
+        self.pipelines().get(shader).clone()
+    }
+
+    fn pipelines(&self) -> MutexGuard<'_, Pipelines> {
+        self.pipelines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -234,6 +234,17 @@ impl Device {
         })
     }
 
+    /// Another logical device on the same adapter, with memory of its own. On a GPU both share a
+    /// queue, on which the work of one follows that of the other at once: a GPU would serve two
+    /// queues by slices of time, and let one that waits for the other wait for its slice, too.
+    #[must_use]
+    pub fn beside(&self) -> Self {
+        match self {
+            Device::Gpu(gpu) => Device::Gpu(Box::new(gpu.beside())),
+            Device::Cpu(_) => Device::cpu(),
+        }
+    }
+
     /// The CPU device.
     pub fn cpu() -> Self {
         Device::Cpu(Cpu::default())

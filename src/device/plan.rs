@@ -87,7 +87,7 @@ impl Plan {
                 entries: &entries,
             });
             steps.push(Step {
-                pipeline: pipeline.pipeline.clone(),
+                pipeline: pipeline.pipeline,
                 bind_group,
                 params_offset: (i * stride) as u32,
             });
@@ -396,10 +396,21 @@ impl Readback {
     /// # Errors
     /// [`DeviceError::Lost`], [`DeviceError::Timeout`].
     pub async fn wait(self) -> Result<Vec<u8>, DeviceError> {
+        match self.0 {
+            State::Ready(bytes) => Ok(bytes),
+            State::Mapping { .. } => self.view(<[u8]>::to_vec).await,
+        }
+    }
+
+    /// [`Readback::wait`] that shows the bytes where they are, instead of copying them.
+    ///
+    /// # Errors
+    /// Those of [`Readback::wait`].
+    pub async fn view<T>(self, look: impl FnOnce(&[u8]) -> T) -> Result<T, DeviceError> {
         let State::Mapping { device, failure, pool, submission, staging, bytes, mapped } = self.0
         else {
             let State::Ready(bytes) = self.0 else { unreachable!("there are two states") };
-            return Ok(bytes);
+            return Ok(look(&bytes));
         };
         // In browsers polling does nothing: they deliver by themselves.
         wait(&device, &failure, Some(submission))?;
@@ -419,11 +430,11 @@ impl Readback {
         failure.check(&device)?;
         let range = ..bytes.next_multiple_of(4) as u64;
         let view = staging.get_mapped_range(range).map_err(|e| lost(e.to_string()))?;
-        let bytes = view[..bytes].to_vec();
+        let seen = look(&view[..bytes]);
         drop(view);
         staging.unmap();
         pool.put(staging);
-        Ok(bytes)
+        Ok(seen)
     }
 
     /// [`Readback::wait`], blocking; not in browsers.
@@ -432,5 +443,13 @@ impl Readback {
     /// Those of [`Readback::wait`].
     pub fn wait_now(self) -> Result<Vec<u8>, DeviceError> {
         pollster::block_on(self.wait())
+    }
+
+    /// [`Readback::view`], blocking; not in browsers.
+    ///
+    /// # Errors
+    /// Those of [`Readback::wait`].
+    pub fn view_now<T>(self, look: impl FnOnce(&[u8]) -> T) -> Result<T, DeviceError> {
+        pollster::block_on(self.view(look))
     }
 }

@@ -86,6 +86,13 @@ impl Tensor {
         Self { offset, ..Self::new(self.buffer, &[rows.len(), self.cols()], self.dtype) }
     }
 
+    /// What is left behind its first `n` elements, flat. Bound only as [`Tensor::slice`] says.
+    pub fn skip(&self, n: usize) -> Self {
+        assert!(n <= self.len(), "{self} has no {n} elements");
+        let offset = self.offset + n as u64 * self.dtype.bytes();
+        Self { offset, ..Self::new(self.buffer, &[self.len() - n], self.dtype) }
+    }
+
     /// The same memory, from its start, with another shape that needs no more bytes.
     pub fn reshape(&self, shape: &[usize]) -> Self {
         let view = Self { offset: self.offset, ..Self::new(self.buffer, shape, self.dtype) };

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::{
     kernels::{PREFILL_TILE, SamplingRow},
-    model::{Limits, StepShape},
+    model::{Limits, Split, StepShape},
 };
 
 /// Position of a padding token: it writes no cache and visits no expert.
@@ -54,6 +54,15 @@ pub struct Batch<'a> {
     pub sequences: Vec<BatchSequence<'a>>,
 }
 
+/// Which steps are split in two, and where they can be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Splits {
+    /// Rows that a step has at least.
+    pub(super) least: usize,
+    /// Bytes at which the device can bind a part of a tensor.
+    pub(super) alignment: usize,
+}
+
 /// What the host writes for a step, laid out for a shape.
 #[derive(Debug, Default)]
 pub(super) struct Layout {
@@ -80,6 +89,7 @@ impl Layout {
         limits: &Limits,
         block_size: usize,
         sample: bool,
+        splits: Option<Splits>,
     ) -> (StepShape, Self) {
         let sequences = &batch.sequences;
         assert!(sequences.len() <= limits.max_sequences, "too many sequences in a step");
@@ -108,8 +118,27 @@ impl Layout {
             sample && layout.sampling.iter().any(|row| row.flags & SamplingRow::LOGPROB != 0);
         layout.logit_rows.resize(n_logits, 0);
         layout.sampling.resize(n_logits, SamplingRow::default());
+        let split = splits.and_then(|splits| layout.split(splits, n_decode));
         let n_prefill = n_tokens - n_decode;
-        (StepShape { n_decode, n_prefill, n_tiles, n_logits, sample, logprobs }, layout)
+        (StepShape { n_decode, n_prefill, n_tiles, n_logits, sample, logprobs, split }, layout)
+    }
+
+    /// Splits the rows in two near the middle: between single tokens, or before a tile.
+    fn split(&mut self, splits: Splits, n_decode: usize) -> Option<Split> {
+        let n = self.ids.len();
+        if n < splits.least {
+            return None;
+        }
+        let tile = |(tile, t): (usize, &[u32; 4])| Split { row: t[0] as usize, tile };
+        let tiles = self.tiles.iter().enumerate().filter(|(_, t)| t[1] > 0).map(tile);
+        let single = (1..n_decode).map(|row| Split { row, tile: 0 });
+        let fits = |at: &Split| {
+            let aligned = |i: usize, words: usize| (4 * words * i).is_multiple_of(splits.alignment);
+            aligned(at.row, 1) && aligned(at.tile, 4) && (n / 4..n - n / 4).contains(&at.row)
+        };
+        let at = single.chain(tiles).filter(fits).min_by_key(|at| at.row.abs_diff(n / 2))?;
+        self.tiles[at.tile..].iter_mut().filter(|t| t[1] > 0).for_each(|t| t[0] -= at.row as u32);
+        Some(at)
     }
 
     fn push(&mut self, index: usize, sequence: &BatchSequence<'_>, block_size: usize) {

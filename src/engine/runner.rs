@@ -16,7 +16,7 @@ use crate::{
 
 use super::{
     Extras, Submission,
-    batch::{Batch, Layout},
+    batch::{Batch, Layout, Splits},
 };
 
 /// Plans kept; a shape beyond them takes the place of the one that was not used for longest.
@@ -39,6 +39,8 @@ pub struct Runner {
     profile: Option<Vec<Timings>>,
     /// Takes over where a plan is cut.
     exchange: Option<Box<dyn Exchange>>,
+    /// Rows from which a step that it takes part in is split.
+    least_split: usize,
 }
 
 impl Runner {
@@ -62,6 +64,7 @@ impl Runner {
             limits,
             profile: None,
             exchange: None,
+            least_split: usize::MAX,
         })
     }
 
@@ -69,6 +72,14 @@ impl Runner {
     #[must_use]
     pub fn with_exchange(mut self, exchange: Box<dyn Exchange>) -> Self {
         self.exchange = Some(exchange);
+        self
+    }
+
+    /// Splits steps of so many tokens and more in two, whose trips to other devices hide behind
+    /// each other's work.
+    #[must_use]
+    pub fn with_dual_batches(mut self, least: usize) -> Self {
+        self.least_split = least;
         self
     }
 
@@ -220,7 +231,10 @@ impl Runner {
     }
 
     fn run_layout(&mut self, batch: &Batch<'_>, sample: bool) -> Result<Layout> {
-        let (shape, layout) = Layout::new(batch, &self.limits, self.kv.block_size, sample);
+        let alignment = self.device.caps().offset_alignment as usize;
+        let splits =
+            self.exchange.is_some().then_some(Splits { least: self.least_split, alignment });
+        let (shape, layout) = Layout::new(batch, &self.limits, self.kv.block_size, sample, splits);
         self.write(batch, &layout);
         if !self.plans.contains_key(&shape) {
             self.drop_oldest_plan();
@@ -235,8 +249,9 @@ impl Runner {
         let mut step = Step { plan, profile: &mut self.profile };
         match &mut self.exchange {
             Some(exchange) if !step.plan.recording().cuts.is_empty() => {
-                let handoffs = self.scratch.handoffs(&self.model.spec, shape.n_tokens());
-                step.run_exchanging(&mut self.device, &mut **exchange, &handoffs)?;
+                let handoffs = self.scratch.handoffs(&self.model.spec, &shape);
+                let n_parts = 1 + usize::from(shape.split.is_some());
+                step.run_exchanging(&mut self.device, &mut **exchange, &handoffs, n_parts)?;
             }
             _ => step.run(&mut self.device)?,
         }
@@ -411,20 +426,28 @@ impl Step<'_> {
     }
 
     /// Segments in turn: up to a layer's router, its experts on this device, and so on to the
-    /// rest of the step behind the last layer's experts.
+    /// rest of the step behind the last layer's experts. Of several parts of a step, one is on
+    /// its way to other devices while the next one computes here.
     fn run_exchanging(
         &mut self,
         device: &mut Device,
         exchange: &mut dyn Exchange,
         handoffs: &[Handoff],
+        n_parts: usize,
     ) -> Result<()> {
         let rec = self.plan.recording();
         debug_assert_eq!(rec.cuts.len(), 2 * handoffs.len(), "two cuts for each layer");
         for (i, at) in handoffs.iter().enumerate() {
+            if let Some(before) = i.checked_sub(n_parts) {
+                exchange.receive(device, &handoffs[before])?;
+            }
             let seen = self.submit(device, rec.segment(2 * i), &exchange.reads(at))?;
-            let mut own =
-                |device: &mut Device| self.submit(device, rec.segment(2 * i + 1), &[]).map(drop);
-            exchange.run(device, at, seen, &mut own)?;
+            // This device computes its experts while the others are sent to.
+            self.submit(device, rec.segment(2 * i + 1), &[]).map(drop)?;
+            exchange.send(at, seen)?;
+        }
+        for at in &handoffs[handoffs.len() - n_parts.min(handoffs.len())..] {
+            exchange.receive(device, at)?;
         }
         self.submit(device, rec.segment(2 * handoffs.len()), &[]).map(drop)
     }

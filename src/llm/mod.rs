@@ -75,6 +75,9 @@ pub struct LlmOptions {
     /// Let the other ranks of this MPI job hold shares of the experts, and wait so long for each
     /// answer of theirs; needs the feature `mpi`.
     pub mpi: Option<Duration>,
+    /// Split steps of so many tokens and more in two, so that the trip of one part to other devices
+    /// hides behind the work of the other; [`DUAL_BATCH_TOKENS`] if absent.
+    pub dual_batch_tokens: Option<usize>,
     /// Move experts between the devices as their work asks for.
     pub eplb: Option<EplbOptions>,
     /// Keep all experts in the host's memory, and so many bytes of them on each device.
@@ -126,6 +129,7 @@ impl Default for LlmOptions {
             expert_devices: Vec::new(),
             expert_placement: ExpertPlacement::Linear,
             mpi: None,
+            dual_batch_tokens: None,
             eplb: None,
             expert_cache: None,
             spare_experts: 0,
@@ -230,7 +234,7 @@ impl PlannedLlm {
             max_penalized: options.max_num_seqs.clamp(1, 32),
         }
         .fit(&spec, &device.caps());
-        let spread = Spread::open(&options, &spec, &limits).await?;
+        let spread = Spread::open(&options, &device, &spec, &limits).await?;
         let limits = spread.fit(limits, &spec);
         let layout = spread.layout();
         let (memory, n_blocks) =
@@ -312,7 +316,8 @@ impl PlannedLlm {
         .with_block_align(self.options.moe_block_align);
         let mut runner = Runner::new(self.device, model, kv, self.limits)?;
         if let Some(exchange) = exchange {
-            runner = runner.with_exchange(exchange);
+            let least = self.options.dual_batch_tokens.unwrap_or(DUAL_BATCH_TOKENS);
+            runner = runner.with_exchange(exchange).with_dual_batches(least);
         }
         let mut engine = Engine::new(runner, self.options.engine);
         if let Some(balancer) = self.spread.balancer() {
@@ -338,6 +343,10 @@ impl PlannedLlm {
 
 /// Tokens of a step, and positions of a block, at most: keeps sizes far from overflow.
 const MAX_STEP_TOKENS: usize = 1 << 20;
+
+/// Tokens from which a step over several devices is split in two. Below, two halves take longer
+/// than the whole and a trip: experts' weights are read for each.
+pub const DUAL_BATCH_TOKENS: usize = 256;
 
 /// Context when neither the user nor a small model limits it.
 const DEFAULT_MAX_LEN: usize = 4096;

@@ -47,13 +47,26 @@ fn remote_ranks(_: &[DeviceChoice]) -> Result<usize> {
     Err(ParallelError::Cluster { cause }.into())
 }
 
-async fn open_all(options: &LlmOptions, choices: &[DeviceChoice]) -> Result<Vec<Device>> {
-    let mut devices = Vec::new();
+/// Opens the devices; one that is named again is opened once.
+async fn open_all(
+    options: &LlmOptions,
+    primary: &Device,
+    choices: &[DeviceChoice],
+) -> Result<Vec<Device>> {
+    let mut devices: Vec<Device> = Vec::new();
     for choice in choices {
-        let mut device = Device::open(choice).await?;
-        if let Some(tier) = options.tier {
-            device.shrink(tier);
-        }
+        let known = devices.iter().zip(choices).find(|(_, known)| *known == choice);
+        let known = known.map(|(device, _)| device);
+        let device = match known.or((*choice == options.device).then_some(primary)) {
+            Some(device) => device.beside(),
+            None => {
+                let mut device = Device::open(choice).await?;
+                if let Some(tier) = options.tier {
+                    device.shrink(tier);
+                }
+                device
+            }
+        };
         devices.push(device);
     }
     Ok(devices)
@@ -98,6 +111,7 @@ impl Spread {
     /// Opens the devices of ranks 1, 2, ..., and sizes each one's cache of experts.
     pub(super) async fn open(
         options: &LlmOptions,
+        primary: &Device,
         spec: &ModelSpec,
         limits: &Limits,
     ) -> Result<Self> {
@@ -109,10 +123,15 @@ impl Spread {
             Ok(CacheSlots { n, policy: cache.policy })
         };
         let slots = options.expert_cache.map(slots).transpose()?;
-        Ok(Self { slots, ..Self::ranks(options, spec, limits).await? })
+        Ok(Self { slots, ..Self::ranks(options, primary, spec, limits).await? })
     }
 
-    async fn ranks(options: &LlmOptions, spec: &ModelSpec, limits: &Limits) -> Result<Self> {
+    async fn ranks(
+        options: &LlmOptions,
+        primary: &Device,
+        spec: &ModelSpec,
+        limits: &Limits,
+    ) -> Result<Self> {
         let choices = &options.expert_devices;
         if options.mpi.is_some() {
             let owners = options.expert_placement.owners(spec, remote_ranks(choices)?)?;
@@ -122,15 +141,20 @@ impl Spread {
             return Ok(Self::default());
         }
         if options.expert_placement == ExpertPlacement::Balanced {
-            return Self::measured(options, spec, limits).await;
+            return Self::measured(options, primary, spec, limits).await;
         }
-        let devices = open_all(options, choices).await?;
+        let devices = open_all(options, primary, choices).await?;
         let owners = options.expert_placement.owners(spec, 1 + devices.len())?;
         Ok(Self { devices, owners, eplb: options.eplb, ..Self::default() })
     }
 
     /// Only those devices that a measurement gives experts to.
-    async fn measured(options: &LlmOptions, spec: &ModelSpec, limits: &Limits) -> Result<Self> {
+    async fn measured(
+        options: &LlmOptions,
+        primary: &Device,
+        spec: &ModelSpec,
+        limits: &Limits,
+    ) -> Result<Self> {
         let candidates = measure::candidates(options, spec, limits).await?;
         let ranks: Vec<Rank> = candidates.iter().map(|c| c.rank).collect();
         let placement = measure::choose(spec, &ranks, options.max_num_seqs.max(1))?;
@@ -153,7 +177,7 @@ impl Spread {
         let measured = candidates.iter().enumerate().map(say).collect();
         let choices: Vec<DeviceChoice> =
             used[1..].iter().map(|&rank| candidates[rank].choice.clone()).collect();
-        let devices = open_all(options, &choices).await?;
+        let devices = open_all(options, primary, &choices).await?;
         let is_alone = devices.is_empty();
         Ok(Self {
             devices,

@@ -138,7 +138,7 @@ impl Experts {
 
     /// Adds the experts' weighted outputs for `norm(residual)` `[n, hidden]` to `residual`; without
     /// a norm, for what `buffers.normed` holds. Where not all experts are here, the recording is
-    /// cut before and after those that are.
+    /// cut before and after those that are, and [`Experts::record_others`] has to follow.
     pub(super) fn record(
         &self,
         rec: &mut Recording,
@@ -189,8 +189,16 @@ impl Experts {
         // While the others compute.
         self.record_shared(rec, inputs, buffers, x, residual);
         rec.cut();
-        let (x, ids) = (buffers.rows(buffers.partial, n), buffers.rows(buffers.one_slot, n));
-        rec.push(CombineExperts { x, ids, out: residual });
+    }
+
+    /// Adds what other devices computed of these rows to `residual`, behind a cut that
+    /// [`Experts::record`] made.
+    pub(super) fn record_others(&self, rec: &mut Recording, buffers: &Buffers, residual: Tensor) {
+        if self.routed.map.is_some() {
+            let n = residual.rows();
+            let (x, ids) = (buffers.rows(buffers.partial, n), buffers.rows(buffers.one_slot, n));
+            rec.push(CombineExperts { x, ids, out: residual });
+        }
     }
 
     fn record_shared(

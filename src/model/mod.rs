@@ -25,7 +25,7 @@ pub use loader::Precision;
 pub use offload::{cache_slots, expert_bytes};
 pub use regime::{ExpertShape, candidates};
 pub use rope::RopeScaling;
-pub use scratch::{Limits, Scratch, StepInputs, StepShape};
+pub use scratch::{Limits, Scratch, Split, StepInputs, StepShape};
 pub use shard::ExpertShard;
 pub use spec::{AttentionSpec, FfnSpec, LayerSpec, ModelSpec, MoeSpec, Names, SharedSpec};
 pub use swap::{NewExperts, PackedRouter, pack_experts};

@@ -42,12 +42,46 @@ pub struct StepShape {
     pub sample: bool,
     /// Whether log probabilities of sampled tokens are wanted.
     pub logprobs: bool,
+    /// Where the step is split, if it is.
+    pub split: Option<Split>,
+}
+
+/// Splits a step's rows in two that go through the layers in turn, so that one's trip to other
+/// devices hides behind the other's work ("dual batch overlap").
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Split {
+    /// First row of the second part.
+    pub row: usize,
+    /// Its first tile; rows of its tiles count from `row`.
+    pub tile: usize,
 }
 
 impl StepShape {
     /// All tokens.
     pub fn n_tokens(&self) -> usize {
         self.n_decode + self.n_prefill
+    }
+
+    /// Parts that go through the layers in turn: where each starts, and its shape.
+    pub(super) fn parts(&self) -> Vec<(Split, Self)> {
+        let start = Split { row: 0, tile: 0 };
+        let Some(split) = self.split else { return vec![(start, *self)] };
+        let n_decode = self.n_decode.min(split.row);
+        let first = Self {
+            n_decode,
+            n_prefill: split.row - n_decode,
+            n_tiles: split.tile,
+            split: None,
+            ..*self
+        };
+        let second = Self {
+            n_decode: self.n_decode - n_decode,
+            n_prefill: self.n_prefill - first.n_prefill,
+            n_tiles: self.n_tiles - split.tile,
+            split: None,
+            ..*self
+        };
+        vec![(start, first), (split, second)]
     }
 }
 
@@ -70,6 +104,13 @@ pub struct StepInputs {
     pub masks: Tensor,
     /// Tokens and what is added to their logits. U32 `[max_sequences * MAX_BIASES, 2]`
     pub biases: Tensor,
+}
+
+impl StepInputs {
+    /// Those of tokens and tiles from `at` on.
+    pub(super) fn from(&self, at: Split) -> Self {
+        Self { tokens: self.tokens.skip(4 * at.row), tiles: self.tiles.skip(4 * at.tile), ..*self }
+    }
 }
 
 /// Router outputs of one layer.
@@ -134,6 +175,36 @@ pub(super) struct Buffers {
 }
 
 impl Buffers {
+    /// Those of rows from `row` on; what a kernel leaves for the next one alone is shared.
+    pub(super) fn from(&self, row: usize) -> Self {
+        let rows = |t: Tensor| t.slice(row..t.rows());
+        // The slots of a token in the layer that has most.
+        let top_k = self.slots_hidden.rows() / self.residual.rows();
+        let slots = |t: Tensor| t.skip(row * top_k);
+        let routed = |r: &Routed| Routed {
+            logits: rows(r.logits),
+            ids: r.ids.skip(row * r.weights.cols()),
+            weights: rows(r.weights),
+        };
+        Self {
+            residual: rows(self.residual),
+            normed: rows(self.normed),
+            qkv: rows(self.qkv),
+            q: rows(self.q),
+            attention: rows(self.attention),
+            both: rows(self.both),
+            inner: rows(self.inner),
+            slots_hidden: self.slots_hidden.slice(row * top_k..self.slots_hidden.rows()),
+            local_ids: slots(self.local_ids),
+            slot_ids: slots(self.slot_ids),
+            partial: rows(self.partial),
+            one_slot: rows(self.one_slot),
+            shared_gate: routed(&self.shared_gate),
+            routed: self.routed.iter().map(|r| r.as_ref().map(routed)).collect(),
+            ..self.clone()
+        }
+    }
+
     /// The first `n` rows.
     pub(super) fn rows(&self, tensor: Tensor, n: usize) -> Tensor {
         tensor.reshape(&[n, tensor.cols()])

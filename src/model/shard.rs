@@ -1,7 +1,7 @@
 //! Experts on a device that has nothing else of the model: it computes them for the rows that the
 //! primary device sends.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use crate::{
     Result,
@@ -30,7 +30,7 @@ pub struct ExpertShard {
     /// By layer and number of rows.
     plans: HashMap<(usize, usize), Plan>,
     /// Sums on their way, and the cache's counters of a layer behind them.
-    pending: Option<Pending>,
+    pending: VecDeque<Pending>,
     cache: CacheTally,
 }
 
@@ -68,7 +68,7 @@ impl ExpertShard {
         }
         let cache = CacheTally::new(layers.iter().filter_map(|l| l.home()).map(Home::size));
         let (spec, plans) = (spec.clone(), HashMap::new());
-        Ok(Self { device, spec, layers, buffers, plans, pending: None, cache })
+        Ok(Self { device, spec, layers, buffers, plans, pending: VecDeque::new(), cache })
     }
 
     /// As [`super::Model::with_block_align`].
@@ -109,19 +109,26 @@ impl Worker for ExpertShard {
         let reads: Vec<Tensor> = std::iter::once(wanted).chain(counters).collect();
         let readback = self.device.submit(plan, all, &reads)?;
         let cached_layer = self.layers[..layer].iter().filter(|l| l.home().is_some()).count();
-        self.pending = Some(Pending { readback, n_sums: wanted.len(), cached_layer });
+        self.pending.push_back(Pending { readback, n_sums: wanted.len(), cached_layer });
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<Vec<f32>> {
-        let Some(pending) = self.pending.take() else { return Ok(Vec::new()) };
-        let bytes = pending.readback.wait_now()?;
-        let (sums, counters) = bytes.split_at(pending.n_sums * size_of::<f32>());
-        if !counters.is_empty() {
-            let counters: Vec<u32> = bytemuck::pod_collect_to_vec(counters);
-            self.cache.read(pending.cached_layer, &counters);
-        }
-        Ok(bytemuck::pod_collect_to_vec(sums))
+    fn finish(&mut self, take: &mut dyn FnMut(&[f32])) -> Result<()> {
+        let Some(Pending { readback, n_sums, cached_layer }) = self.pending.pop_front() else {
+            return Ok(());
+        };
+        let cache = &mut self.cache;
+        readback.view_now(|bytes| {
+            let (sums, counters) = bytes.split_at(n_sums * size_of::<f32>());
+            match bytemuck::try_cast_slice(sums) {
+                Ok(sums) => take(sums),
+                Err(_) => take(&bytemuck::pod_collect_to_vec(sums)),
+            }
+            if !counters.is_empty() {
+                cache.read(cached_layer, &bytemuck::pod_collect_to_vec(counters));
+            }
+        })?;
+        Ok(())
     }
 
     fn read_expert(&mut self, layer: usize, place: usize) -> Result<Vec<u8>> {
@@ -147,6 +154,10 @@ impl Worker for ExpertShard {
 
     fn probe(&self) -> Result<()> {
         Ok(self.device.probe()?)
+    }
+
+    fn forget(&mut self) {
+        self.pending.clear();
     }
 
     fn cache_stats(&self) -> Option<CacheStats> {

@@ -9,7 +9,7 @@ use crate::{
 };
 
 use super::{
-    FfnSpec, KvCache, ModelSpec, MoeSpec, Precision, Scratch, StepShape,
+    FfnSpec, KvCache, ModelSpec, MoeSpec, Precision, Scratch, Split, StepInputs, StepShape,
     attention::Attention,
     experts::{Experts, RoutedExperts},
     linear::{Input, Linear},
@@ -17,6 +17,7 @@ use super::{
     mlp::Mlp,
     regime::ExpertShape,
     rope::rope_table,
+    scratch::Buffers,
 };
 
 /// A loaded model: handles to weights on one device.
@@ -40,6 +41,13 @@ struct Layer {
     attention: Attention,
     post_norm: Tensor,
     ffn: Ffn,
+}
+
+/// Rows that go through the layers together.
+struct Part {
+    shape: StepShape,
+    inputs: StepInputs,
+    buffers: Buffers,
 }
 
 #[derive(Debug, Clone)]
@@ -182,33 +190,57 @@ impl Model {
         let (inputs, buffers) = (&scratch.inputs, &scratch.buffers);
         let n = shape.n_tokens();
         let residual = buffers.rows(buffers.residual, n);
-        let normed = buffers.rows(buffers.normed, n);
         let ids = inputs.ids.reshape(&[n]);
         for (first_row, table) in self.embedding.parts() {
             rec.push(Embed { ids, sampled: scratch.sampled, table, first_row, out: residual });
         }
-        for (layer, routed) in self.layers.iter().zip(&buffers.routed) {
-            let x = Input::normalised(rec, residual, self.norm(layer.input_norm), normed);
-            layer
-                .attention
-                .record(rec, &self.spec, shape, inputs, buffers, kv, self.rope, x, residual);
-            let norm = self.norm(layer.post_norm);
-            match (&layer.ffn, routed) {
-                (Ffn::Moe(experts), Some(routed)) => {
-                    experts.record(rec, inputs, buffers, *routed, Some(norm), residual);
-                }
-                (Ffn::Dense(mlp, width), _) => {
-                    let x = Input::normalised(rec, residual, norm, normed);
-                    mlp.record(rec, x, residual, buffers, *width);
-                }
-                (Ffn::Moe(_), None) => unreachable!("buffers come from the same spec"),
+        let part = |(at, shape): (Split, StepShape)| Part {
+            shape,
+            inputs: inputs.from(at),
+            buffers: if at.row == 0 { buffers.clone() } else { buffers.from(at.row) },
+        };
+        let parts: Vec<Part> = shape.parts().into_iter().map(part).collect();
+        for index in 0..self.layers.len() {
+            for part in &parts {
+                self.record_others(rec, part, index);
+                self.record_layer(rec, part, index, kv);
             }
         }
+        parts.iter().for_each(|part| self.record_others(rec, part, self.layers.len()));
         if shape.sample {
             self.record_counts(rec, n, scratch);
         }
         if shape.n_logits > 0 {
             self.record_logits(rec, shape, scratch);
+        }
+    }
+
+    /// What other devices computed in the layer before `index`.
+    fn record_others(&self, rec: &mut Recording, part: &Part, index: usize) {
+        let before = index.checked_sub(1).map(|before| &self.layers[before].ffn);
+        if let Some(Ffn::Moe(experts)) = before {
+            let (buffers, n) = (&part.buffers, part.shape.n_tokens());
+            experts.record_others(rec, buffers, buffers.rows(buffers.residual, n));
+        }
+    }
+
+    fn record_layer(&self, rec: &mut Recording, part: &Part, index: usize, kv: &KvCache) {
+        let Part { shape, inputs, buffers } = part;
+        let (layer, n) = (&self.layers[index], shape.n_tokens());
+        let residual = buffers.rows(buffers.residual, n);
+        let normed = buffers.rows(buffers.normed, n);
+        let x = Input::normalised(rec, residual, self.norm(layer.input_norm), normed);
+        layer.attention.record(rec, &self.spec, shape, inputs, buffers, kv, self.rope, x, residual);
+        let norm = self.norm(layer.post_norm);
+        match (&layer.ffn, buffers.routed[index]) {
+            (Ffn::Moe(experts), Some(routed)) => {
+                experts.record(rec, inputs, buffers, routed, Some(norm), residual);
+            }
+            (Ffn::Dense(mlp, width), _) => {
+                let x = Input::normalised(rec, residual, norm, normed);
+                mlp.record(rec, x, residual, buffers, *width);
+            }
+            (Ffn::Moe(_), None) => unreachable!("buffers come from the same spec"),
         }
     }
 
@@ -303,12 +335,25 @@ impl Scratch {
         }
     }
 
-    /// What lies between router and experts of each layer that has some, in a step of `n` tokens.
-    pub(crate) fn handoffs(&self, spec: &ModelSpec, n: usize) -> Vec<Handoff> {
-        let (x, partial) = (self.buffers.normed, self.buffers.partial);
-        let (x, partial) = (self.buffers.rows(x, n), self.buffers.rows(partial, n));
-        let routed = self.routed(spec, n).into_iter().flatten().enumerate();
-        routed.map(|(layer, (ids, weights))| Handoff { layer, x, ids, weights, partial }).collect()
+    /// What lies between router and experts of each layer that has some, in the order in which
+    /// [`Model::record`] has them.
+    pub(crate) fn handoffs(&self, spec: &ModelSpec, shape: &StepShape) -> Vec<Handoff> {
+        let parts: Vec<(Buffers, usize)> = shape
+            .parts()
+            .into_iter()
+            .map(|(at, shape)| (self.buffers.from(at.row), shape.n_tokens()))
+            .collect();
+        let handoff = |(layer, (index, moe)): (usize, (usize, &MoeSpec))| {
+            let of_part = move |(buffers, n): &(Buffers, usize)| {
+                let routed = buffers.routed[index].expect("buffers come from the same spec");
+                let (ids, weights) = routed.rows(*n, moe.routing.top_k);
+                let (x, partial) =
+                    (buffers.rows(buffers.normed, *n), buffers.rows(buffers.partial, *n));
+                Handoff { layer, x, ids, weights, partial }
+            };
+            parts.iter().map(of_part).collect::<Vec<_>>()
+        };
+        spec.moe_layers().enumerate().flat_map(handoff).collect()
     }
 
     /// Expert ids I32 and weights F32 `[n, top_k]` that the last step of `n` tokens chose, by

@@ -3,7 +3,7 @@
 //! all calls to MPI, so that a rank that never answers holds up nobody but that thread.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{
         Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -245,7 +245,8 @@ pub struct Remote {
     cluster: &'static Cluster,
     rank: usize,
     timeout: Duration,
-    pending: Option<mpsc::Receiver<Vec<u8>>>,
+    /// Answers on their way, in order.
+    pending: VecDeque<mpsc::Receiver<Vec<u8>>>,
 }
 
 impl Remote {
@@ -253,7 +254,7 @@ impl Remote {
     /// `timeout`, but for that first one.
     pub fn assign(cluster: &'static Cluster, assignment: &Assignment, timeout: Duration) -> Self {
         let rank = assignment.rank;
-        let pending = Some(cluster.ask(rank, message(&assignment.to_json(), &[])));
+        let pending = [cluster.ask(rank, message(&assignment.to_json(), &[]))].into();
         Self { cluster, rank, timeout, pending }
     }
 
@@ -267,12 +268,12 @@ impl Remote {
     }
 
     fn ask(&mut self, header: &Value, parts: &[&[u8]]) -> Result<Vec<u8>> {
-        self.pending = Some(self.cluster.ask(self.rank, message(header, parts)));
+        self.pending.push_back(self.cluster.ask(self.rank, message(header, parts)));
         self.answer(self.timeout)
     }
 
     fn answer(&mut self, timeout: Duration) -> Result<Vec<u8>> {
-        let Some(pending) = self.pending.take() else { return Ok(Vec::new()) };
+        let Some(pending) = self.pending.pop_front() else { return Ok(Vec::new()) };
         let answer = pending.recv_timeout(timeout).map_err(|_| {
             self.cluster.is_broken.store(true, Ordering::Relaxed);
             failed(format!("it did not answer within {} s", timeout.as_secs()))
@@ -290,12 +291,14 @@ impl Worker for Remote {
         let header = json!({"op": "rows", "layer": layer, "n": rows.n, "top_k": rows.ids.len()});
         let parts: [&[u8]; 3] =
             [bytemuck::cast_slice(rows.ids), bytemuck::cast_slice(rows.weights), rows.x];
-        self.pending = Some(self.cluster.ask(self.rank, message(&header, &parts)));
+        self.pending.push_back(self.cluster.ask(self.rank, message(&header, &parts)));
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<Vec<f32>> {
-        Ok(bytemuck::pod_collect_to_vec(&self.answer(self.timeout)?))
+    fn finish(&mut self, take: &mut dyn FnMut(&[f32])) -> Result<()> {
+        let sums: Vec<f32> = bytemuck::pod_collect_to_vec(&self.answer(self.timeout)?);
+        take(&sums);
+        Ok(())
     }
 
     fn read_expert(&mut self, layer: usize, place: usize) -> Result<Vec<u8>> {
@@ -320,6 +323,10 @@ impl Worker for Remote {
             "experts": coming,
         });
         self.ask(&header, &parts).map(drop)
+    }
+
+    fn forget(&mut self) {
+        self.pending.clear();
     }
 
     /// A rank that dies takes the job with it, so only silence is left to know of.
@@ -403,7 +410,9 @@ fn act(worker: &mut dyn Worker, header: &Value, rest: &[u8]) -> Result<Vec<u8>> 
             let ids: Vec<i32> = bytemuck::pod_collect_to_vec(ids);
             let weights: Vec<f32> = bytemuck::pod_collect_to_vec(weights);
             worker.submit(layer, &Rows { x, ids: &ids, weights: &weights, n: number("n") })?;
-            Ok(bytemuck::cast_slice(&worker.finish()?).to_vec())
+            let mut bytes = Vec::new();
+            worker.finish(&mut |sums| bytes.extend(bytemuck::cast_slice::<f32, u8>(sums)))?;
+            Ok(bytes)
         }
         Some("read") => worker.read_expert(layer, number("place")),
         Some("write") => worker.write_expert(layer, number("place"), rest).map(|()| Vec::new()),

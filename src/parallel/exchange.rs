@@ -2,12 +2,19 @@
 //! primary device: activations go to the owners of the chosen experts and partial sums come back.
 //! Knows devices and ranks; what a rank computes with is behind [`Worker`].
 
-use std::{collections::HashMap, fmt, ops::Add, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, VecDeque},
+    fmt,
+    ops::Add,
+    sync::Arc,
+    time::Duration,
+};
 
 use web_time::Instant;
 
 use crate::{
-    Result,
+    Error, Result,
     device::{Device, Readback, Tensor},
 };
 
@@ -28,26 +35,24 @@ pub struct Handoff {
     pub partial: Tensor,
 }
 
-/// Submits the experts that the primary device holds, and adds them to its residual stream.
-pub type Own<'a> = dyn FnMut(&mut Device) -> Result<()> + 'a;
-
 /// Takes over between the router of a layer and the sum of its experts.
 pub trait Exchange: fmt::Debug + Send {
     /// What the host must see of the layer.
     fn reads(&self, at: &Handoff) -> Vec<Tensor>;
 
-    /// Sees to it that each chosen expert is computed once: those of the primary device by `own`,
-    /// all others in `at.partial`. `seen` brings what [`Exchange::reads`] asked for.
+    /// Has all chosen experts computed that are not on the primary device. `seen` brings what
+    /// [`Exchange::reads`] asked for.
     ///
     /// # Errors
     /// [`crate::device::DeviceError`], [`ParallelError::Worker`].
-    fn run(
-        &mut self,
-        device: &mut Device,
-        at: &Handoff,
-        seen: Readback,
-        own: &mut Own<'_>,
-    ) -> Result<()>;
+    fn send(&mut self, at: &Handoff, seen: Readback) -> Result<()>;
+
+    /// Puts the sums of the earliest layer that was sent and not received, which is `at`, into
+    /// `at.partial`.
+    ///
+    /// # Errors
+    /// [`crate::device::DeviceError`], [`ParallelError::Worker`].
+    fn receive(&mut self, device: &mut Device, at: &Handoff) -> Result<()>;
 
     /// Packed weights of an expert that it keeps elsewhere than on the primary device.
     ///
@@ -142,11 +147,15 @@ pub trait Worker: fmt::Debug + Send {
     /// Those of its device, or of the way there.
     fn submit(&mut self, layer: usize, rows: &Rows<'_>) -> Result<()>;
 
-    /// Weighted sums of the experts of the rows submitted last. `[n, padded hidden]`
+    /// Hands over the weighted sums of the experts of the earliest rows that were submitted and
+    /// not finished. `[n, padded hidden]`
     ///
     /// # Errors
     /// Those of its device, or of the way there.
-    fn finish(&mut self) -> Result<Vec<f32>>;
+    fn finish(&mut self, take: &mut dyn FnMut(&[f32])) -> Result<()>;
+
+    /// Drops what was submitted and not finished.
+    fn forget(&mut self);
 
     /// Packed weights of the expert at a place of a layer.
     ///
@@ -202,6 +211,10 @@ pub struct Sharded {
     /// By layer that has experts.
     owners: Arc<Vec<Owners>>,
     stats: ExchangeStats,
+    /// Layers whose sums are to be received, in order.
+    sent: VecDeque<Vec<Visit>>,
+    /// Of several ranks, reused. `[n, padded hidden]`
+    sums: Vec<f32>,
 }
 
 /// Rows of one rank on their way.
@@ -214,22 +227,20 @@ struct Visit {
     ids: Vec<i32>,
     /// `[n, top_k]`
     weights: Vec<f32>,
-    /// `[n, padded hidden]`
-    x: Vec<u8>,
 }
 
 impl Sharded {
     /// Workers of ranks 1, 2, ..., and who owns which experts by layer that has some.
     pub fn new(workers: Vec<Box<dyn Worker>>, owners: Vec<Owners>) -> Self {
-        Self { workers, owners: Arc::new(owners), stats: ExchangeStats::default() }
+        let (owners, stats) = (Arc::new(owners), ExchangeStats::default());
+        Self { workers, owners, stats, sent: VecDeque::new(), sums: Vec::new() }
     }
 
     /// What each rank gets of a layer; ranks that own no chosen expert are left out.
-    fn visits(&self, layer: usize, top_k: usize, x: &[u8], ids: &[i32], w: &[f32]) -> Vec<Visit> {
+    fn visits(&self, layer: usize, top_k: usize, ids: &[i32], w: &[f32]) -> Vec<Visit> {
         let owners = &self.owners[layer];
         let mut visits: Vec<Visit> =
             (1..=self.workers.len()).map(|rank| Visit { rank, ..Visit::default() }).collect();
-        let row_bytes = x.len() * top_k / ids.len().max(1);
         for (token, chosen) in ids.chunks(top_k).enumerate() {
             for (j, place) in chosen.iter().map(|&id| owners.of(token, id)).enumerate() {
                 let Some((rank, local)) = place.filter(|place| place.0 > 0) else { continue };
@@ -238,7 +249,6 @@ impl Sharded {
                     visit.tokens.push(token);
                     visit.ids.resize(visit.ids.len() + top_k, -1);
                     visit.weights.extend(&w[token * top_k..][..top_k]);
-                    visit.x.extend(&x[token * row_bytes..][..row_bytes]);
                 }
                 let row = visit.ids.len() - top_k;
                 visit.ids[row + j] = local as i32;
@@ -247,37 +257,23 @@ impl Sharded {
         visits.retain(|visit| !visit.tokens.is_empty());
         visits
     }
-}
 
-impl Exchange for Sharded {
-    fn reads(&self, at: &Handoff) -> Vec<Tensor> {
-        vec![at.x, at.ids, at.weights]
-    }
-
-    fn run(
-        &mut self,
-        device: &mut Device,
-        at: &Handoff,
-        seen: Readback,
-        own: &mut Own<'_>,
-    ) -> Result<()> {
-        // The primary computes while the others are sent to.
-        own(device)?;
-        let start = Instant::now();
-        let bytes = seen.wait_now()?;
-        self.stats.waited += start.elapsed();
-        let (x, rest) = bytes.split_at(at.x.bytes().next_multiple_of(4) as usize);
+    /// Sends ranks the rows of a layer that are theirs: `seen` is what [`Exchange::reads`] asked
+    /// for. Returns who got which.
+    fn visit(&mut self, at: &Handoff, seen: &[u8]) -> Result<Vec<Visit>> {
+        let (x, rest) = seen.split_at(at.x.bytes().next_multiple_of(4) as usize);
         let (ids, weights) = rest.split_at(at.ids.bytes() as usize);
         let ids: Vec<i32> = bytemuck::pod_collect_to_vec(ids);
         let weights: Vec<f32> = bytemuck::pod_collect_to_vec(weights);
         let x = &x[..at.x.bytes() as usize];
-        let visits = self.visits(at.layer, at.ids.cols(), x, &ids, &weights);
+        let visits = self.visits(at.layer, at.ids.cols(), &ids, &weights);
         for last in [false, true] {
             for visit in &visits {
                 let worker = &mut self.workers[visit.rank - 1];
                 if worker.blocks() == last {
-                    let Visit { ids, weights, x, .. } = visit;
-                    let rows = Rows { x, ids, weights, n: visit.tokens.len() };
+                    let Visit { ids, weights, .. } = visit;
+                    let x = visit.rows(x, at.x.rows());
+                    let rows = Rows { x: &x, ids, weights, n: visit.tokens.len() };
                     worker
                         .submit(at.layer, &rows)
                         .map_err(|e| ParallelError::worker(visit.rank, e))?;
@@ -285,23 +281,85 @@ impl Exchange for Sharded {
                 }
             }
         }
+        Ok(visits)
+    }
+
+    /// Leaves nothing of a step that failed for the next one.
+    fn forget(&mut self) {
+        self.sent.clear();
+        self.workers.iter_mut().for_each(|worker| worker.forget());
+    }
+
+    /// Waits for the sums of all visits, and puts the total into `at.partial`.
+    fn add_up(&mut self, device: &mut Device, at: &Handoff, visits: &[Visit]) -> Result<()> {
+        let Self { workers, stats, sums, .. } = self;
         let cols = at.partial.cols();
-        let mut sums = vec![0.0f32; at.partial.len()];
-        for visit in &visits {
-            let start = Instant::now();
-            let worker = &mut self.workers[visit.rank - 1];
-            let part = worker.finish().map_err(|e| ParallelError::worker(visit.rank, e))?;
-            self.stats.waited += start.elapsed();
-            self.stats.bytes_received += 4 * part.len() as u64;
-            for (&token, part) in visit.tokens.iter().zip(part.chunks(cols)) {
-                let sum = &mut sums[token * cols..][..cols];
-                sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-            }
+        // The rows of a single rank that has all of them need no adding up.
+        let is_total = visits.len() == 1 && visits[0].tokens.len() == at.partial.rows();
+        if !is_total {
+            sums.clear();
+            sums.resize(at.partial.len(), 0.0);
         }
-        device.write(&at.partial, &sums);
+        for visit in visits {
+            let start = Instant::now();
+            let mut n_received = 0;
+            let mut take = |part: &[f32]| {
+                n_received = part.len();
+                if is_total {
+                    return device.write(&at.partial, part);
+                }
+                for (&token, part) in visit.tokens.iter().zip(part.chunks(cols)) {
+                    let sum = &mut sums[token * cols..][..cols];
+                    sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+                }
+            };
+            let worker = &mut workers[visit.rank - 1];
+            worker.finish(&mut take).map_err(|e| ParallelError::worker(visit.rank, e))?;
+            stats.waited += start.elapsed();
+            stats.bytes_received += 4 * n_received as u64;
+        }
+        if !is_total {
+            device.write(&at.partial, sums);
+        }
+        Ok(())
+    }
+}
+
+impl Visit {
+    /// Its rows of all `n`.
+    fn rows<'a>(&self, x: &'a [u8], n: usize) -> Cow<'a, [u8]> {
+        if self.tokens.len() == n {
+            return Cow::Borrowed(x);
+        }
+        let row_bytes = x.len() / n;
+        let rows: Vec<&[u8]> =
+            self.tokens.iter().map(|&token| &x[token * row_bytes..][..row_bytes]).collect();
+        Cow::Owned(rows.concat())
+    }
+}
+
+impl Exchange for Sharded {
+    fn reads(&self, at: &Handoff) -> Vec<Tensor> {
+        vec![at.x, at.ids, at.weights]
+    }
+
+    fn send(&mut self, at: &Handoff, seen: Readback) -> Result<()> {
+        let start = Instant::now();
+        let sent = seen.view_now(|seen| (start.elapsed(), self.visit(at, seen)));
+        let sent = sent.map_err(Error::from).and_then(|(waited, visits)| {
+            self.stats.waited += waited;
+            visits
+        });
+        let visits = sent.inspect_err(|_| self.forget())?;
+        self.sent.push_back(visits);
+        Ok(())
+    }
+
+    fn receive(&mut self, device: &mut Device, at: &Handoff) -> Result<()> {
+        let visits = self.sent.pop_front().unwrap_or_default();
         self.stats.rounds += 1;
         self.stats.visits += visits.len() as u64;
-        Ok(())
+        self.add_up(device, at, &visits).inspect_err(|_| self.forget())
     }
 
     fn read_expert(&mut self, layer: usize, expert: usize) -> Result<Option<Vec<u8>>> {

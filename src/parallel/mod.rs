@@ -14,7 +14,7 @@ pub mod simulate;
 
 pub use balance::{Cluster, balancedness, is_improvement, preserve_slots, rebalance, replicate};
 pub use cache::{CacheLayer, CacheOptions, CachePolicy, CacheSlots, CacheStats, CacheTally};
-pub use exchange::{Exchange, ExchangeStats, Handoff, Own, PackedExpert, Rows, Sharded, Worker};
+pub use exchange::{Exchange, ExchangeStats, Handoff, PackedExpert, Rows, Sharded, Worker};
 pub use owners::{ExpertLayout, Owners, Share};
 pub use placement::{Placement, Rank};
 pub use rebalance::{EplbOptions, EplbStats, Rebalancer};
