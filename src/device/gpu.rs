@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+#[cfg(not(target_arch = "wasm32"))]
+use super::upload::Uploads;
 use super::{
     BufferId, Caps, DeviceError, Dispatch, Shader, Tier, adapter,
     failure::{Failure, Faults},
@@ -24,6 +26,8 @@ pub struct Gpu {
     peak_bytes: u64,
     failure: Failure,
     pub(super) staging: StagingPool,
+    #[cfg(not(target_arch = "wasm32"))]
+    uploads: Uploads,
 }
 
 const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16
@@ -133,6 +137,8 @@ impl Gpu {
             peak_bytes,
             failure,
             staging,
+            #[cfg(not(target_arch = "wasm32"))]
+            uploads: Uploads::default(),
         })
     }
 
@@ -150,6 +156,8 @@ impl Gpu {
             peak_bytes: 0,
             failure: self.failure(),
             staging: self.staging.clone(),
+            #[cfg(not(target_arch = "wasm32"))]
+            uploads: Uploads::default(),
         }
     }
 
@@ -278,7 +286,17 @@ impl Gpu {
     }
 
     pub(super) fn write(&mut self, id: BufferId, offset: u64, bytes: &[u8]) {
-        self.queue.write_buffer(self.buffer(id), offset, bytes);
+        let buffer = self.buffers[id.0 as usize].as_ref().expect("live buffer");
+        #[cfg(not(target_arch = "wasm32"))]
+        if bytes.len() >= Uploads::LEAST {
+            let on = (&self.device, &self.queue);
+            // What fails is reported by the next check, as with small writes.
+            if let Err(error) = self.uploads.write(on, &self.failure, buffer, offset, bytes) {
+                self.failure.set(error);
+            }
+            return;
+        }
+        self.queue.write_buffer(buffer, offset, bytes);
     }
 
     /// Compiles what `dispatches` need and is not there yet.

@@ -12,6 +12,8 @@ mod recording;
 mod shader;
 mod tensor;
 mod tuned;
+#[cfg(not(target_arch = "wasm32"))]
+mod upload;
 
 use std::{ops::Range, sync::Arc};
 
