@@ -425,7 +425,14 @@ async fn experts_are_added_over_http() {
         let stats: Value = serde_json::from_str(&body).expect("JSON");
         (stats["n_experts"].clone(), stats["layers"][0]["tokens"].as_array().map_or(0, Vec::len))
     };
+    let weights = || async {
+        let request = Request::get("/info").header("authorization", "Bearer key");
+        let body = call(app(app_.clone()), request.body(Body::empty()).expect("a request")).await.2;
+        let info: Value = serde_json::from_str(&body).expect("JSON");
+        info["bytes"]["expert_weights"].as_u64().expect("bytes")
+    };
     assert_eq!(stats().await, (json!(32), 32));
+    let bytes = weights().await;
     let before = streamed(app_.clone()).await;
     // Taken again, they replace themselves.
     for (added, replaced) in [(7 * 8, 0), (0, 7 * 8)] {
@@ -436,6 +443,7 @@ async fn experts_are_added_over_http() {
         assert_eq!((n("added"), n("replaced")), (added, replaced), "{body}");
         assert_eq!(stats().await, (json!(40), 40));
         assert_ne!(streamed(app_.clone()).await, before);
+        assert_eq!(weights().await, bytes / 32 * 40, "room does not count until it is taken");
     }
 }
 

@@ -56,8 +56,6 @@ pub struct Engine {
     cache: CacheTally,
     balancer: Option<Rebalancer>,
     kv_block_bytes: u64,
-    /// Of the banks: allocated and used.
-    expert_bytes: (u64, u64),
 }
 
 /// A submitted step, and whose its rows of logits are.
@@ -104,7 +102,6 @@ impl Engine {
             cache: CacheTally::new(runner.model().expert_caches().map(|(_, size)| size)),
             balancer: None,
             kv_block_bytes: KvCache::block_bytes(spec, kv.block_size, precision.activations),
-            expert_bytes: runner.model().expert_bytes(),
             runner,
         }
     }
@@ -216,6 +213,7 @@ impl Engine {
     /// What the engine has counted about itself.
     pub fn stats(&self) -> EngineStats {
         let (scheduler, counters) = (&self.scheduler, &self.counters);
+        let (expert_bytes, expert_bytes_used) = self.runner.model().expert_bytes();
         let elsewhere = self.runner.exchange().and_then(Exchange::cache_stats);
         EngineStats {
             running: scheduler.running.len(),
@@ -225,8 +223,8 @@ impl Engine {
             block_size: scheduler.pool.block_size,
             kv_positions_empty: scheduler.positions_empty(),
             kv_block_bytes: self.kv_block_bytes,
-            expert_bytes: self.expert_bytes.0,
-            expert_bytes_used: self.expert_bytes.1,
+            expert_bytes,
+            expert_bytes_used,
             device_bytes: self.runner.device_bytes(),
             prefix_queries: scheduler.prefix_queries,
             prefix_hits: scheduler.prefix_hits,

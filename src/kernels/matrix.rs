@@ -48,13 +48,13 @@ impl Matrix {
         self.format.scales_per_row(self.cols) as u32
     }
 
-    /// Bytes that are allocated, and those of them that matrices of `rows` and `cols` without
-    /// padding need.
+    /// Bytes that are allocated, and those that one matrix of `rows` and `cols` needs without
+    /// padding.
     pub(crate) fn bytes(&self, rows: usize, cols: usize) -> (u64, u64) {
         let n_scales = self.format.scales_per_row(cols);
         let scales = if n_scales > 0 { self.scales.bytes() } else { 0 };
         let row = self.format.source_dtype().row_bytes(cols) + n_scales * size_of::<f32>();
-        (self.weights.bytes() + scales, (self.n_experts * rows * row) as u64)
+        (self.weights.bytes() + scales, (rows * row) as u64)
     }
 
     /// Fills the shader's `weight` slot and its overrides.

@@ -47,7 +47,7 @@ pub(super) async fn candidates(
         let slots = slots(options, spec, limits, &device, is_primary)?;
         let n_rows = options.max_num_seqs.clamp(1, MEASURED_ROWS);
         let precision = options.precision();
-        let (speed, visit_s) = measure(device, spec, precision, n_rows)?;
+        let (speed, visit_s) = measure(device, spec, precision, n_rows, options.moe_block_align)?;
         let visit_s = if is_primary { 0.0 } else { visit_s };
         all.push(Candidate { choice: choice.clone(), name, rank: Rank { slots, speed, visit_s } });
     }
@@ -96,6 +96,7 @@ fn measure(
     spec: &ModelSpec,
     precision: Precision,
     n_rows: usize,
+    block_align: bool,
 ) -> Result<(f64, f64)> {
     let mut small = spec.clone();
     small.layers.retain(|layer| matches!(layer.ffn, FfnSpec::Moe(_)));
@@ -122,7 +123,8 @@ fn measure(
     let share = Some(Share { owners: vec![owners], rank: 1, redundant: None });
     let layout = ExpertLayout { share, slots: None };
     let source = DummySource::new(0);
-    let mut shard = ExpertShard::load(device, &small, &source, precision, &limits, &layout)?;
+    let mut shard = ExpertShard::load(device, &small, &source, precision, &limits, &layout)?
+        .with_block_align(block_align);
     let element = if precision.activations == DType::F16 { 2 } else { 4 };
     let x = vec![0; n_rows * padded(spec.hidden_size) * element];
     let weights = vec![1.0; n_rows * top_k];
@@ -174,7 +176,7 @@ pub(super) fn choose(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::arch;
+    use crate::{model::arch, weights::WeightFormat};
 
     fn spec() -> ModelSpec {
         let config = serde_json::json!({
@@ -206,8 +208,7 @@ mod tests {
     #[test]
     fn a_device_is_measured() {
         let (speed, visit) =
-            measure(Device::cpu(), &spec(), Precision::of(crate::weights::WeightFormat::F32), 4)
-                .unwrap();
+            measure(Device::cpu(), &spec(), Precision::of(WeightFormat::F32), 4, true).unwrap();
         assert!(speed.is_finite() && speed > 0.0 && visit > 0.0, "{speed} {visit}");
     }
 }

@@ -83,7 +83,9 @@ impl ExpertPlacement {
             Self::RoundRobin => layers.map(|n| Owners::round_robin(n, n_ranks)).collect(),
             Self::Json(text) => {
                 let (n_layers, n_experts) = (layers.count(), spec.n_experts());
-                Placement::from_json(text, n_layers, n_experts, n_ranks)?.layers().to_vec()
+                let n_spare = n_experts - spec.n_present();
+                let placed = Placement::from_json(text, n_layers, n_experts, n_spare, n_ranks)?;
+                placed.layers().to_vec()
             }
         })
     }

@@ -44,12 +44,17 @@ impl Banks {
         Ok(device.read_all(&self.parts(place)).wait_now()?)
     }
 
-    /// Bytes that are allocated, and those of them that hold weights or scales of experts with
-    /// `hidden` inputs and outputs and this width between.
-    pub(super) fn bytes(&self, hidden: usize, width: usize) -> (u64, u64) {
-        let gate_up = self.gate_up.iter().map(|(_, bank)| bank.bytes(2 * width, hidden));
-        let down = self.down.iter().map(|(_, bank)| bank.bytes(hidden, width));
-        gate_up.chain(down).fold((0, 0), |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1))
+    /// Bytes that are allocated, and those of them that hold weights or scales of the first `n`
+    /// experts, with `hidden` inputs and outputs and this width between.
+    pub(super) fn bytes(&self, n: usize, hidden: usize, width: usize) -> (u64, u64) {
+        let gate_up = self.gate_up.iter().map(|(first, bank)| (first, bank, 2 * width, hidden));
+        let down = self.down.iter().map(|(first, bank)| (first, bank, hidden, width));
+        let bytes = |(first, bank, rows, cols): (&usize, &Matrix, usize, usize)| {
+            let (allocated, of_one) = bank.bytes(rows, cols);
+            (allocated, of_one * n.saturating_sub(*first).min(bank.n_experts) as u64)
+        };
+        let all = gate_up.chain(down).map(bytes);
+        all.fold((0, 0), |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1))
     }
 }
 

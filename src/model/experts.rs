@@ -308,9 +308,14 @@ impl RoutedExperts {
         self.held.iter().position(|&held| held == expert)
     }
 
-    /// Bytes of the banks: allocated, and without padding.
-    pub(super) fn bytes(&self, hidden: usize) -> (u64, u64) {
-        self.banks.bytes(hidden, self.shape.width)
+    /// Bytes of the banks: allocated, and without padding and room for experts beyond the first
+    /// `n_present`.
+    pub(super) fn bytes(&self, n_present: usize) -> (u64, u64) {
+        let n = match self.home {
+            Some(_) => self.n_here,
+            None => self.held.iter().filter(|&&expert| expert < n_present).count(),
+        };
+        self.banks.bytes(n, self.shape.hidden, self.shape.width)
     }
 
     /// Adds the weighted outputs of this device's experts for `x` `[n, hidden]` to `out`. `ids` are

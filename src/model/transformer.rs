@@ -145,9 +145,10 @@ impl Model {
     }
 
     /// Bytes of the experts' banks on this device: allocated, and of those the ones that hold
-    /// weights and scales rather than padding.
+    /// weights and scales rather than padding and room for more.
     pub fn expert_bytes(&self) -> (u64, u64) {
-        let banks = self.routed_experts().map(|routed| routed.bytes(self.spec.hidden_size));
+        let n_present = self.spec.n_present();
+        let banks = self.routed_experts().map(|routed| routed.bytes(n_present));
         banks.fold((0, 0), |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1))
     }
 

@@ -52,7 +52,8 @@ impl Placement {
     }
 
     /// Reads `{"layers": [[[experts of device 0], [of device 1], ...], ...]}`; a single layer
-    /// stands for all of them.
+    /// stands for all of them. The last `n_spare` experts, for which there is only room yet, may be
+    /// left out, and are dealt out in turn.
     ///
     /// # Errors
     /// [`ParallelError::PlacementFile`] for anything else, or other numbers of layers and devices;
@@ -61,6 +62,7 @@ impl Placement {
         text: &str,
         n_layers: usize,
         n_experts: usize,
+        n_spare: usize,
         n_ranks: usize,
     ) -> Result<Self, ParallelError> {
         let bad = |cause: String| ParallelError::PlacementFile { cause };
@@ -76,10 +78,15 @@ impl Placement {
         if let Some(layer) = layers.iter().find(|layer| layer.len() != n_ranks) {
             return Err(bad(format!("it places on {} devices, not {n_ranks}", layer.len())));
         }
-        let layers: Vec<Owners> = layers
-            .into_iter()
-            .map(|held| Owners::new(n_experts, held))
-            .collect::<Result<_, _>>()?;
+        let owners = |mut held: Vec<Vec<usize>>| {
+            for spare in n_experts.saturating_sub(n_spare)..n_experts {
+                if !held.iter().flatten().any(|&expert| expert == spare) {
+                    held[spare % n_ranks].push(spare);
+                }
+            }
+            Owners::new(n_experts, held)
+        };
+        let layers: Vec<Owners> = layers.into_iter().map(owners).collect::<Result<_, _>>()?;
         Ok(match &layers[..] {
             [all] => Self { layers: vec![all.clone(); n_layers] },
             _ => Self { layers },
@@ -218,10 +225,13 @@ mod tests {
         let placement = Placement::round_robin(2, 5, 2);
         let text = placement.to_json().to_string();
         assert_eq!(text, r#"{"layers":[[[0,2,4],[1,3]],[[0,2,4],[1,3]]]}"#);
-        assert_eq!(Placement::from_json(&text, 2, 5, 2).unwrap(), placement);
+        assert_eq!(Placement::from_json(&text, 2, 5, 0, 2).unwrap(), placement);
         // One layer for all, with a replica.
-        let one = Placement::from_json(r#"{"layers": [[[0, 1], [1, 2]]]}"#, 3, 3, 2).unwrap();
+        let one = Placement::from_json(r#"{"layers": [[[0, 1], [1, 2]]]}"#, 3, 3, 0, 2).unwrap();
         assert_eq!((one.layers().len(), one.slots(0), one.n_ranks()), (3, 2, 2));
+        // Room for two more, one of which has a place.
+        let room = Placement::from_json(r#"{"layers": [[[0, 4], [1, 2]]]}"#, 1, 5, 2, 2).unwrap();
+        assert_eq!([0, 1].map(|rank| room.layers()[0].held(rank)), [&[0, 4][..], &[1, 2, 3]]);
         for (text, says) in [
             ("", "EOF"),
             ("[]", "no \"layers\""),
@@ -233,7 +243,7 @@ mod tests {
             (r#"{"layers": [[[0, 1], [1]]]}"#, "leaves out expert 2"),
             (r#"{"layers": [[[0, 1], [1, 2, 3]]]}"#, "expert 3"),
         ] {
-            let error = Placement::from_json(text, 3, 3, 2).unwrap_err().to_string();
+            let error = Placement::from_json(text, 3, 3, 0, 2).unwrap_err().to_string();
             assert!(error.contains(says), "{text}: {error}");
         }
     }
