@@ -228,14 +228,13 @@ impl RoutedExperts {
         layout: &ExpertLayout,
         moe_index: usize,
     ) -> Result<Self> {
-        let mut table = |(cols, map): (usize, Vec<i32>)| {
-            loader.table("expert map", &[routing.n_experts, cols], &map)
-        };
         let (held, n_places, map) = match &layout.share {
             None => ((0..routing.n_experts).collect(), routing.n_experts, None),
             Some(share) => {
                 let held = share.owners[moe_index].held(share.rank).to_vec();
-                (held, share.places(moe_index), Some(table(share.map(moe_index))?))
+                let (cols, map) = share.map(moe_index);
+                let map = loader.table("expert map", &[routing.n_experts, cols], &map)?;
+                (held, share.places(moe_index), Some(map))
             }
         };
         let home = match layout.slots.filter(|slots| slots.n < n_places) {

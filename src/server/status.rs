@@ -61,7 +61,9 @@ fn is_deep(query: &str) -> Result<bool, ApiError> {
 pub(super) async fn info(State(app): State<Arc<App>>) -> Json<Value> {
     let mut info = app.info.clone();
     // More may have joined since the start.
-    info["model"]["experts"] = app.engine.stats().experts.n_present.into();
+    let stats = app.engine.stats();
+    info["model"]["experts"] = stats.experts.n_present.into();
+    info["bytes"]["expert_weights"] = stats.expert_bytes_used.into();
     Json(info)
 }
 
