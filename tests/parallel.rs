@@ -7,7 +7,7 @@ use moewe::{
     device::DeviceChoice,
     engine::{Batch, BatchSequence, LogitRows, SamplingParams},
     llm::{ExpertPlacement, Llm, LlmOptions, PlannedLlm},
-    parallel::{EplbOptions, ExchangeStats},
+    parallel::{CacheOptions, CachePolicy, EplbOptions, ExchangeStats},
     server::{App, ServerConfig},
     weights::WeightFormat,
 };
@@ -291,15 +291,18 @@ fn measured_devices_compute_what_one_does() {
     let dir = golden("qwen3_moe");
     let mut alone = spread(&dir, &[GPU], ExpertPlacement::Linear);
     let expected = greedy(&mut alone, 8);
-    let options = LlmOptions {
-        text: false,
-        max_model_len: Some(128),
-        expert_devices: vec![GPU, CPU],
-        expert_placement: ExpertPlacement::Balanced,
-        ..options(&dir, GPU, F32)
-    };
-    let planned = PlannedLlm::new(options).expect("measured");
-    assert_eq!(planned.measurements().len(), 3, "{:?}", planned.measurements());
-    assert!(planned.measurements().iter().all(|line| line.contains("rows of experts/s")));
-    assert_eq!(greedy(&mut planned.load(&|_| {}).expect("a model"), 8), expected);
+    for expert_cache in [None, Some(CacheOptions { bytes: 400_000, policy: CachePolicy::Lru })] {
+        let options = LlmOptions {
+            text: false,
+            max_model_len: Some(128),
+            expert_devices: vec![GPU, CPU],
+            expert_placement: ExpertPlacement::Balanced,
+            expert_cache,
+            ..options(&dir, GPU, F32)
+        };
+        let planned = PlannedLlm::new(options).expect("measured");
+        assert_eq!(planned.measurements().len(), 3, "{:?}", planned.measurements());
+        assert!(planned.measurements().iter().all(|line| line.contains("rows of experts/s")));
+        assert_eq!(greedy(&mut planned.load(&|_| {}).expect("a model"), 8), expected);
+    }
 }

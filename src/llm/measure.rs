@@ -7,10 +7,11 @@ use crate::{
     Result,
     device::{DType, Device, DeviceChoice, Tally},
     model::{
-        ExpertShard, FfnSpec, KvCache, Limits, Model, ModelSpec, MoeSpec, Precision, Scratch,
-        expert_bytes,
+        ExpertShard, FfnSpec, KvCache, Limits, Model, ModelSpec, MoeSpec, Scratch, expert_bytes,
     },
-    parallel::{ExpertLayout, Owners, ParallelError, Placement, Rank, Rows, Share, Worker},
+    parallel::{
+        CacheSlots, ExpertLayout, Owners, ParallelError, Placement, Rank, Rows, Share, Worker,
+    },
     weights::{DummySource, padded},
 };
 
@@ -20,8 +21,8 @@ use super::LlmOptions;
 const MEASURED_EXPERTS: usize = 16;
 /// Rows of a step at most.
 const MEASURED_ROWS: usize = 64;
-/// The shortest of so many runs counts.
-const RUNS: usize = 5;
+/// The median of so many runs counts.
+const RUNS: usize = 7;
 
 /// A device that could hold experts.
 #[derive(Debug)]
@@ -36,8 +37,10 @@ pub(super) async fn candidates(
     options: &LlmOptions,
     spec: &ModelSpec,
     limits: &Limits,
+    cache: Option<CacheSlots>,
 ) -> Result<Vec<Candidate>> {
     let mut all = Vec::new();
+    let n_rows = options.max_num_seqs.clamp(1, MEASURED_ROWS);
     for choice in std::iter::once(&options.device).chain(&options.expert_devices) {
         let mut device = Device::open(choice).await?;
         if let Some(tier) = options.tier {
@@ -45,9 +48,8 @@ pub(super) async fn candidates(
         }
         let (name, is_primary) = (device.describe(), all.is_empty());
         let slots = slots(options, spec, limits, &device, is_primary)?;
-        let n_rows = options.max_num_seqs.clamp(1, MEASURED_ROWS);
-        let precision = options.precision();
-        let (speed, visit_s) = measure(device, spec, precision, n_rows, options.moe_block_align)?;
+        let cache = cache_of(&device, cache);
+        let (speed, visit_s) = measure(device, spec, options, n_rows, cache)?;
         let visit_s = if is_primary { 0.0 } else { visit_s };
         all.push(Candidate { choice: choice.clone(), name, rank: Rank { slots, speed, visit_s } });
     }
@@ -90,14 +92,21 @@ fn slots(
     Ok(usize::try_from(room).unwrap_or(usize::MAX).min(spec.n_experts()))
 }
 
-/// Expert rows that a device computes in a second, and the seconds of a visit without any.
+/// The slots of a device; the CPU computes experts where they are.
+pub(super) fn cache_of(device: &Device, cache: Option<CacheSlots>) -> Option<CacheSlots> {
+    cache.filter(|_| matches!(device, Device::Gpu(_)))
+}
+
+/// Expert rows that a device computes in a second, with slots for as large a share of the experts
+/// as it will have, and the seconds of a visit without any.
 fn measure(
     device: Device,
     spec: &ModelSpec,
-    precision: Precision,
+    options: &LlmOptions,
     n_rows: usize,
-    block_align: bool,
+    cache: Option<CacheSlots>,
 ) -> Result<(f64, f64)> {
+    let precision = options.precision();
     let mut small = spec.clone();
     small.layers.retain(|layer| matches!(layer.ffn, FfnSpec::Moe(_)));
     small.layers.truncate(1);
@@ -121,30 +130,52 @@ fn measure(
     // Visited as ranks beside the primary one are.
     let owners = Owners::new(n_experts, vec![Vec::new(), (0..n_experts).collect()])?;
     let share = Some(Share { owners: vec![owners], rank: 1, redundant: None });
-    let layout = ExpertLayout { share, slots: None };
+    let of_measured = |slots: usize| (slots * n_experts).div_ceil(spec.n_experts()).max(top_k);
+    let slots = cache.map(|cache| CacheSlots { n: of_measured(cache.n), ..cache });
+    let layout = ExpertLayout { share, slots };
     let source = DummySource::new(0);
     let mut shard = ExpertShard::load(device, &small, &source, precision, &limits, &layout)?
-        .with_block_align(block_align);
+        .with_block_align(options.moe_block_align);
     let element = if precision.activations == DType::F16 { 2 } else { 4 };
     let x = vec![0; n_rows * padded(spec.hidden_size) * element];
     let weights = vec![1.0; n_rows * top_k];
-    let mut seconds = |ids: &[i32]| -> Result<f64> {
-        let rows = Rows { x: &x, ids, weights: &weights, n: n_rows };
-        let mut best = f64::INFINITY;
-        // The first run compiles.
+    let mut seconds = |choose: &mut dyn FnMut() -> Vec<i32>| -> Result<f64> {
+        let mut all = Vec::new();
         for _ in 0..=RUNS {
+            let ids = choose();
+            let rows = Rows { x: &x, ids: &ids, weights: &weights, n: n_rows };
             let start = Instant::now();
             shard.submit(0, &rows)?;
             shard.finish(&mut |_| {})?;
-            best = best.min(start.elapsed().as_secs_f64());
+            all.push(start.elapsed().as_secs_f64());
         }
-        Ok(best)
+        // The first run compiles.
+        all[1..].sort_by(f64::total_cmp);
+        Ok(all[1 + RUNS / 2])
     };
     let n = n_rows * top_k;
-    let visit = seconds(&vec![-1; n])?;
-    let spread: Vec<i32> = (0..n).map(|i| (i % n_experts) as i32).collect();
-    let busy = seconds(&spread)?;
+    let visit = seconds(&mut || vec![-1; n])?;
+    let mut dice = Dice(1);
+    let busy = seconds(&mut || (0..n_rows).flat_map(|_| dice.draw(n_experts, top_k)).collect())?;
     Ok((n as f64 / (busy - visit).max(1e-9), visit))
+}
+
+/// Chooses experts as an even router does: xorshift32 (Marsaglia 2003).
+struct Dice(u32);
+
+impl Dice {
+    /// `k` different ones of `n`.
+    fn draw(&mut self, n: usize, k: usize) -> Vec<i32> {
+        let mut all: Vec<i32> = (0..n as i32).collect();
+        for i in 0..k {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 17;
+            self.0 ^= self.0 << 5;
+            all.swap(i, i + self.0 as usize % (n - i));
+        }
+        all.truncate(k);
+        all
+    }
 }
 
 /// The placement that is done first: balanced over the devices, or all on the primary one where
@@ -176,7 +207,7 @@ pub(super) fn choose(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{model::arch, weights::WeightFormat};
+    use crate::{model::arch, parallel::CachePolicy};
 
     fn spec() -> ModelSpec {
         let config = serde_json::json!({
@@ -206,9 +237,26 @@ mod tests {
     }
 
     #[test]
+    fn draws_are_different_experts() {
+        let mut dice = Dice(1);
+        let mut counts = [0; 5];
+        for _ in 0..1000 {
+            let mut drawn = dice.draw(5, 3);
+            drawn.iter().for_each(|&expert| counts[expert as usize] += 1);
+            drawn.sort_unstable();
+            drawn.dedup();
+            assert_eq!(drawn.len(), 3);
+        }
+        assert!(counts.iter().all(|n| (500..700).contains(n)), "{counts:?}");
+    }
+
+    #[test]
     fn a_device_is_measured() {
-        let (speed, visit) =
-            measure(Device::cpu(), &spec(), Precision::of(WeightFormat::F32), 4, true).unwrap();
-        assert!(speed.is_finite() && speed > 0.0 && visit > 0.0, "{speed} {visit}");
+        let cache = CacheSlots { n: 3, policy: CachePolicy::Lru };
+        for cache in [None, Some(cache)] {
+            let (speed, visit) =
+                measure(Device::cpu(), &spec(), &LlmOptions::default(), 4, cache).unwrap();
+            assert!(speed.is_finite() && speed > 0.0 && visit > 0.0, "{speed} {visit}");
+        }
     }
 }

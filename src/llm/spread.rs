@@ -125,7 +125,7 @@ impl Spread {
             Ok(CacheSlots { n, policy: cache.policy })
         };
         let slots = options.expert_cache.map(slots).transpose()?;
-        Ok(Self { slots, ..Self::ranks(options, primary, spec, limits).await? })
+        Ok(Self { slots, ..Self::ranks(options, primary, spec, limits, slots).await? })
     }
 
     async fn ranks(
@@ -133,6 +133,7 @@ impl Spread {
         primary: &Device,
         spec: &ModelSpec,
         limits: &Limits,
+        cache: Option<CacheSlots>,
     ) -> Result<Self> {
         let choices = &options.expert_devices;
         if options.mpi.is_some() {
@@ -143,7 +144,7 @@ impl Spread {
             return Ok(Self::default());
         }
         if options.expert_placement == ExpertPlacement::Balanced {
-            return Self::measured(options, primary, spec, limits).await;
+            return Self::measured(options, primary, spec, limits, cache).await;
         }
         let devices = open_all(options, primary, choices).await?;
         let owners = options.expert_placement.owners(spec, 1 + devices.len())?;
@@ -156,8 +157,9 @@ impl Spread {
         primary: &Device,
         spec: &ModelSpec,
         limits: &Limits,
+        cache: Option<CacheSlots>,
     ) -> Result<Self> {
-        let candidates = measure::candidates(options, spec, limits).await?;
+        let candidates = measure::candidates(options, spec, limits, cache).await?;
         let ranks: Vec<Rank> = candidates.iter().map(|c| c.rank).collect();
         let placement = measure::choose(spec, &ranks, options.max_num_seqs.max(1))?;
         let used: Vec<usize> =
@@ -256,7 +258,8 @@ impl Spread {
         let devices = std::mem::take(&mut self.devices).into_iter().enumerate();
         let load = |(i, device): (usize, Device)| -> Result<Box<dyn Worker>> {
             let rank = i + 1;
-            let layout = self.layout_of(rank);
+            let mut layout = self.layout_of(rank);
+            layout.slots = measure::cache_of(&device, layout.slots);
             let shard = ExpertShard::load(device, spec, source, precision, limits, &layout)
                 .map_err(|e| ParallelError::worker(rank, e))?;
             Ok(Box::new(shard.with_block_align(options.moe_block_align)))
