@@ -1,8 +1,11 @@
 // One token per row of logits, in vLLM's order (v1/sample/sampler.py): mask, biases, penalties,
-// greedy or temperature, min_p, top_k, top_p, and a draw by the Gumbel trick. One workgroup per
-// row. Tokens are ordered by (logit descending, id ascending) and never sorted: a prefix of that
-// order is found by radix selection on (rank, id), seven digits of 8 bits, with histograms of
-// integers in workgroup memory. Integer sums have no order, so the result is deterministic.
+// greedy or temperature, min_p, top_k, top_p, and a draw by the Gumbel trick. Tokens are ordered by
+// (logit descending, id ascending) and never sorted: a prefix of that order is found by radix
+// selection on (rank, id), seven digits of 8 bits, with histograms of integers in workgroup memory.
+// Integer sums have no order, so the result is deterministic.
+//
+// One workgroup does that for a row, or several look at a slice of it each, and in a second launch
+// one chooses. If nothing cuts the order off, each slice has drawn a token already.
 #include "include/gumbel.wgsl"
 #include "include/sampling_row.wgsl"
 
@@ -14,6 +17,8 @@ struct Params {
     counts_stride: u32,
     mask_stride: u32,    // words
     grid_x: u32,
+    slice4: u32,         // vec4s of a slice
+    n_slices: u32,       // of a row, at most THREADS
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -25,10 +30,16 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> counts: array<u32>;
 @group(0) @binding(6) var<storage, read_write> scratch: array<vec4<f32>>;  // [n_rows, stride4]
 @group(0) @binding(7) var<storage, read_write> ids: array<u32>;            // [n_rows]
+@group(0) @binding(8) var<storage, read_write> slices: array<Tally>;       // [n_rows, n_slices]
+
+override STAGE: u32 = WHOLE;
+const WHOLE: u32 = 0u;   // slices are rows
+const TALLY: u32 = 1u;   // first of two launches
+const CHOOSE: u32 = 2u;  // second
 
 const THREADS: u32 = 256u;
 override LOADS: u32 = 1u;             // vec4s of logits that a thread has under way
-const MOST_LOADS: u32 = 16u;
+const MOST_LOADS: u32 = 4u;
 const GROUPS: u32 = 16u;              // threads of the first half of a reduction
 const LOWEST: f32 = -3.4028234e38;    // stands for a token that cannot be chosen
 const LIMIT: f32 = 3e38;              // logits are clamped to +-LIMIT, penalised ones too
@@ -55,6 +66,8 @@ struct Crossing {
     total: vec2<u32>,  // what the bucket holds
 }
 
+const NOTHING: Tally = Tally(LOWEST, LOWEST, NO_ID, 0u);
+
 var<workgroup> tallies: array<Tally, THREADS>;
 var<workgroup> low: array<atomic<u32>, 256>;   // histogram, 64 bits a bucket
 var<workgroup> high: array<atomic<u32>, 256>;
@@ -75,7 +88,6 @@ fn merge(a: Tally, b: Tally) -> Tally {
 // The workgroup's tally, in every thread.
 fn merge_all(mine: Tally, lid: u32) -> Tally {
     var tally = mine;
-    tally.least = mine.score;
     tallies[lid] = tally;
     workgroupBarrier();
     if (lid < GROUPS) {
@@ -105,6 +117,11 @@ fn with_scores(old: Tally, scores: vec4<f32>, id: u32) -> Tally {
         tally.score = best;
     }
     return tally;
+}
+
+// Whether a row is drawn from all of its tokens.
+fn is_uncut(s: SamplingRow) -> bool {
+    return s.min_p <= 0.0 && (s.top_k == 0u || s.top_k >= p.n_vocab) && s.top_p >= 1.0;
 }
 
 // Four logits after mask and biases.
@@ -154,18 +171,19 @@ fn penalised(logit: f32, id: u32, s: SamplingRow) -> f32 {
     return clamp(y, -LIMIT, LIMIT);
 }
 
-// First pass: finds the greatest penalised logit and, if the row is to be drawn from, leaves the
-// penalised logits in scratch. Later each thread reads only what it wrote here.
-fn prepare(base: u32, lid: u32, s: SamplingRow, greedy: bool) -> Tally {
-    var tally = Tally(LOWEST, LOWEST, NO_ID, 0u);
-    for (var first = lid; first * 4u < p.n_vocab; first += LOADS * THREADS) {
+// First pass over vec4s from..to of a row: finds the greatest penalised logit and, if the row is to
+// be drawn from, leaves the penalised logits in scratch. In the same launch each thread later reads
+// only what it wrote here.
+fn prepare(base: u32, slice: vec2<u32>, lid: u32, s: SamplingRow, greedy: bool) -> Tally {
+    var tally = NOTHING;
+    for (var first = slice.x + lid; first < slice.y; first += LOADS * THREADS) {
         var loaded: array<vec4<f32>, MOST_LOADS>;
         for (var j = 0u; j < LOADS; j++) {
             loaded[j] = logits[base + min(first + j * THREADS, p.stride4 - 1u)];
         }
         for (var j = 0u; j < LOADS; j++) {
             let i = first + j * THREADS;
-            if (i * 4u >= p.n_vocab) {
+            if (i >= slice.y) {
                 break;
             }
             let x = loaded[j];
@@ -190,7 +208,21 @@ fn prepare(base: u32, lid: u32, s: SamplingRow, greedy: bool) -> Tally {
             }
         }
     }
+    tally.least = tally.score;
     return merge_all(tally, lid);
+}
+
+// The row's tally from those of its slices, in every thread.
+fn merge_slices(row: u32, lid: u32) -> Tally {
+    var tally = NOTHING;
+    if (lid < p.n_slices) {
+        tally = slices[row * p.n_slices + lid];
+    }
+    // The greatest bound is the best: every slice has enough tokens for it.
+    tally.least = -tally.least;
+    tally = merge_all(tally, lid);
+    tally.least = -tally.least;
+    return tally;
 }
 
 // Bits that ascend as the logit falls; both zeros are one.
@@ -332,51 +364,98 @@ fn select_prefix(base: u32, lid: u32, s: SamplingRow, peak: f32, last: vec2<u32>
     return select(last, end, within(end.x, end.y, last));
 }
 
-// The token with the greatest logit / temperature + noise among those up to `last`.
-fn draw(base: u32, lid: u32, s: SamplingRow, peak: f32, last: vec2<u32>) -> Tally {
-    var tally = Tally(LOWEST, LOWEST, NO_ID, 0u);
-    for (var i = lid; i * 4u < p.n_vocab; i += THREADS) {
+// Four tokens' logits / temperature + noise.
+fn scores_of(y: vec4<f32>, i: u32, s: SamplingRow, peak: f32) -> vec4<f32> {
+    let noise = gumbel(philox(vec4(i, s.step, 0u, 0u), vec2(s.seed_low, s.seed_high)));
+    return max(y - peak, vec4(-1e30)) / s.temperature + noise;
+}
+
+// The token with the greatest score among those of a slice up to `last`.
+fn draw(base: u32, slice: vec2<u32>, lid: u32, s: SamplingRow, peak: f32, last: vec2<u32>)
+    -> Tally {
+    var tally = NOTHING;
+    for (var i = slice.x + lid; i < slice.y; i += THREADS) {
         let y = scratch[base + i];
         let id = i * 4u;
         let kept = vec4(within(rank_of(y.x), id, last), within(rank_of(y.y), id + 1u, last),
                         within(rank_of(y.z), id + 2u, last), within(rank_of(y.w), id + 3u, last));
         if (any(kept)) {
-            let noise = gumbel(philox(vec4(i, s.step, 0u, 0u), vec2(s.seed_low, s.seed_high)));
-            let scores = max(y - peak, vec4(-1e30)) / s.temperature + noise;
+            let scores = scores_of(y, i, s, peak);
             tally = with_scores(tally, select(vec4(LOWEST), scores, kept), id);
         }
     }
     return merge_all(tally, lid);
 }
 
+// The token with the greatest score among those that the slices have drawn.
+fn draw_again(base: u32, row: u32, lid: u32, s: SamplingRow, peak: f32) -> Tally {
+    var tally = NOTHING;
+    if (lid < p.n_slices) {
+        tally.id = slices[row * p.n_slices + lid].id;
+    }
+    if (tally.id != NO_ID) {
+        let i = tally.id / 4u;
+        tally.score = scores_of(scratch[base + i], i, s, peak)[tally.id % 4u];
+    }
+    return merge_all(tally, lid);
+}
+
+// The token of a row with a temperature, whose most probable token is `top`.
+fn choose(base: u32, row: u32, lid: u32, s: SamplingRow, top: Tally) -> u32 {
+    let all = vec2(0u, (p.n_vocab + 3u) / 4u);
+    if (STAGE == CHOOSE && is_uncut(s)) {
+        return draw_again(base, row, lid, s, top.score).id;
+    }
+    var floor_logit = EXCLUDED;
+    if (s.min_p > 0.0) {
+        floor_logit = clamp(top.score + s.temperature * log(s.min_p), EXCLUDED, top.score);
+    }
+    var last = vec2(rank_of(floor_logit), 0xffffffffu);
+    if (s.top_k > 0u && s.top_k < p.n_vocab) {
+        // So many tokens are no less than top.least that the search can begin there.
+        if (s.top_k <= THREADS && top.least > floor_logit) {
+            last.x = rank_of(top.least);
+        }
+        last = select_prefix(base, lid, s, top.score, last, false);
+    }
+    if (s.top_p < 1.0) {
+        last = select_prefix(base, lid, s, top.score, last, true);
+    }
+    return draw(base, all, lid, s, top.score, last).id;
+}
+
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-    let row = group.x + group.y * p.grid_x;
+    let index = group.x + group.y * p.grid_x;
+    let n_slices = select(1u, p.n_slices, STAGE == TALLY);
+    let row = index / n_slices;
     if (row >= p.n_rows) {
         return;
     }
     let s = rows[row];
     let base = row * p.stride4;
     let greedy = s.temperature < GREEDY_BELOW || s.top_k == 1u;
-    let top = prepare(base, lid, s, greedy);
+    var top: Tally;
+    if (STAGE == CHOOSE) {
+        top = merge_slices(row, lid);
+    } else {
+        let start = index % n_slices * p.slice4;
+        let slice = vec2(start, min(start + p.slice4, (p.n_vocab + 3u) / 4u));
+        top = prepare(base, slice, lid, s, greedy);
+        if (STAGE == TALLY) {
+            if (!greedy && top.id != NO_ID && is_uncut(s)) {
+                let last = vec2(rank_of(EXCLUDED), 0xffffffffu);
+                top.id = draw(base, slice, lid, s, top.score, last).id;
+            }
+            if (lid == 0u) {
+                slices[index] = top;
+            }
+            return;
+        }
+    }
     var id = top.id;
     if (!greedy && id != NO_ID) {
-        var floor_logit = EXCLUDED;
-        if (s.min_p > 0.0) {
-            floor_logit = clamp(top.score + s.temperature * log(s.min_p), EXCLUDED, top.score);
-        }
-        var last = vec2(rank_of(floor_logit), 0xffffffffu);
-        if (s.top_k > 0u && s.top_k < p.n_vocab) {
-            // So many tokens are no less than top.least that the search can begin there.
-            if (s.top_k <= THREADS && top.least > floor_logit) {
-                last.x = rank_of(top.least);
-            }
-            last = select_prefix(base, lid, s, top.score, last, false);
-        }
-        if (s.top_p < 1.0) {
-            last = select_prefix(base, lid, s, top.score, last, true);
-        }
-        id = draw(base, lid, s, top.score, last).id;
+        id = choose(base, row, lid, s, top);
     }
     if (lid != 0u) {
         return;

@@ -50,7 +50,7 @@ pub use matrix::{Matrix, Store};
 pub use rms_norm::{Norm, RmsNorm};
 pub use rope_kv_write::{QkNorm, RopeKvWrite};
 pub use route::Route;
-pub use sample::{Sample, SamplingRow};
+pub use sample::{Sample, SampleStage, SamplingRow, sample};
 pub use silu_mul::SiluMul;
 
 use crate::device::{Caps, DType, Shader};

@@ -1,7 +1,12 @@
 //! Sampling: one token per row of logits, every row with its own parameters. Order of the steps
 //! as in vLLM (`v1/sample/sampler.py`). This file knows counts and seeds, not requests.
 
-use crate::device::{Binding, Caps, Io, Kernel, Launch, Shader, Tensor, params};
+use std::borrow::Cow;
+
+use crate::device::{
+    Allocate, Binding, Caps, DType, DeviceError, Io, Kernel, Launch, Recording, Shader, Tensor,
+    params,
+};
 
 use super::grid_2d;
 
@@ -124,8 +129,34 @@ pub struct Sample {
     pub counts: Tensor,
     /// F32, as large as `logits`: working memory, undefined afterwards.
     pub scratch: Tensor,
+    /// What [`SampleStage::Tally`] leaves for [`SampleStage::Choose`], by
+    /// [`Sample::alloc_slices`].
+    pub slices: Tensor,
     /// U32 `[n]`: the token, and perhaps [`Sample::INVALID`].
     pub ids: Tensor,
+    /// What this launch does.
+    pub stage: SampleStage,
+}
+
+/// Launches that sampling is divided into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SampleStage {
+    /// All of it, with a workgroup for each row.
+    Whole,
+    /// Looks at the logits, with a workgroup for each slice of a row.
+    Tally,
+    /// Chooses from what has been found in the slices.
+    Choose,
+}
+
+/// Records sampling: in two launches on a GPU, where one workgroup would wait too long for the
+/// whole vocabulary. Which tokens come out does not depend on it.
+pub fn sample(rec: &mut Recording, sample: Sample) {
+    let stages: &[_] = match rec.caps().software {
+        true => &[SampleStage::Whole],
+        false => &[SampleStage::Tally, SampleStage::Choose],
+    };
+    stages.iter().for_each(|&stage| rec.push(Sample { stage, ..sample }));
 }
 
 impl Sample {
@@ -136,6 +167,34 @@ impl Sample {
     pub const PROMPT: u32 = 1 << 31;
     /// Biases that the engine provides for per row.
     pub const MAX_BIASES: usize = 1024;
+
+    /// Memory for the slices of `n_rows` rows. U32 `[n_rows, slices, words of a tally]`
+    ///
+    /// # Errors
+    /// [`DeviceError`] where it does not fit.
+    pub fn alloc_slices(
+        device: &mut dyn Allocate,
+        n_rows: usize,
+        n_vocab: usize,
+    ) -> Result<Tensor, DeviceError> {
+        let shape = [n_rows, n_vocab.div_ceil(slice_len(n_vocab)).max(1), TALLY_WORDS];
+        device.alloc("slices of logits", &shape, DType::U32)
+    }
+}
+
+/// Threads of a workgroup, and the most slices of a row.
+const THREADS: usize = 256;
+/// Loads of four logits that a thread has under way; a CPU has nothing to wait for, and its driver
+/// takes seconds to compile long code.
+const LOADS: usize = 4;
+/// Words of the WGSL `Tally`.
+const TALLY_WORDS: usize = 4;
+
+/// Logits of a slice: whole rounds of a workgroup's loads. It depends on nothing but the
+/// vocabulary, so that a row's token does not depend on the rows beside it.
+fn slice_len(n_vocab: usize) -> usize {
+    let round = 4 * LOADS * THREADS;
+    n_vocab.div_ceil(round * THREADS).max(1) * round
 }
 
 params! {
@@ -148,6 +207,8 @@ params! {
         counts_stride: u32,
         mask_stride: u32,
         grid_x: u32,
+        slice4: u32,
+        n_slices: u32,
     }
 }
 
@@ -155,20 +216,37 @@ impl Kernel for Sample {
     const NAME: &'static str = "sample";
     type Params = SampleParams;
 
+    fn label(&self) -> Cow<'static, str> {
+        match self.stage {
+            SampleStage::Whole => Self::NAME.into(),
+            SampleStage::Tally => "sample tally".into(),
+            SampleStage::Choose => "sample choose".into(),
+        }
+    }
+
     fn launch(&self, caps: &Caps) -> Launch<SampleParams> {
-        let n_rows = self.ids.len() as u32;
-        let (grid_x, grid_y) = grid_2d(n_rows, caps);
+        let (n_rows, n_vocab) = (self.ids.len() as u32, self.n_vocab as u32);
+        let slice4 = match self.stage {
+            SampleStage::Whole => n_vocab.div_ceil(4),
+            _ => slice_len(self.n_vocab) as u32 / 4,
+        };
+        let n_slices = n_vocab.div_ceil(4).div_ceil(slice4.max(1));
+        let n_groups = n_rows * if self.stage == SampleStage::Tally { n_slices } else { 1 };
+        let (grid_x, grid_y) = grid_2d(n_groups, caps);
         Launch {
-            // A CPU has nothing to wait for, and its driver takes seconds to compile long code.
-            shader: Shader::new(Self::NAME).set("LOADS", if caps.software { 1u32 } else { 16 }),
+            shader: Shader::new(Self::NAME)
+                .set("LOADS", if caps.software { 1 } else { LOADS as u32 })
+                .set("STAGE", self.stage as u32),
             params: SampleParams {
                 n_rows,
-                n_vocab: self.n_vocab as u32,
+                n_vocab,
                 stride4: self.logits.cols() as u32 / 4,
                 counts_rows: self.counts.rows() as u32,
                 counts_stride: self.counts.cols() as u32,
                 mask_stride: self.masks.cols() as u32,
                 grid_x,
+                slice4,
+                n_slices,
             },
             bindings: vec![
                 Binding::read(self.logits),
@@ -178,12 +256,17 @@ impl Kernel for Sample {
                 Binding::write(self.counts),
                 Binding::write(self.scratch),
                 Binding::write(self.ids),
+                Binding::write(self.slices),
             ],
             grid: [grid_x, grid_y, 1],
         }
     }
 
     fn twin(p: &SampleParams, io: &Io<'_>) {
+        // Tallies are not the twin's way: it does everything in the end.
+        if io.shader.override_value("STAGE") == Some(SampleStage::Tally as u32) {
+            return;
+        }
         let (logits, rows) = (io.read::<f32>(0), io.read::<u32>(1));
         let (masks, biases) = (io.read::<u32>(2), io.read::<u32>(3));
         let (mut counts, mut scratch) = (io.write::<u32>(4), io.write::<f32>(5));

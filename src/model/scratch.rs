@@ -236,6 +236,7 @@ pub struct Scratch {
     /// Tokens seen and generated. U32 `[max_penalized, vocabulary]`
     pub counts: Tensor,
     pub(super) sample_scratch: Tensor,
+    pub(super) sample_slices: Tensor,
     pub(super) buffers: Buffers,
 }
 
@@ -344,6 +345,7 @@ impl Scratch {
             sample_scratch: device.alloc("sample scratch", &[m, vocab], DType::F32)?,
             buffers: Buffers::alloc(device, spec, limits, activations)?,
         })
+            sample_slices: Sample::alloc_slices(device, m, spec.vocab_size)?,
     }
 }
 

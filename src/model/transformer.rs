@@ -3,7 +3,7 @@
 use crate::{
     Result,
     device::{Allocate, DType, Device, Recording, Tally, Tensor},
-    kernels::{CountExperts, Embed, Logprobs, Norm, RmsNorm, Sample, Store},
+    kernels::{CountExperts, Embed, Logprobs, Norm, RmsNorm, Sample, SampleStage, Store, sample},
     parallel::{CacheLayer, ExpertLayout, Handoff},
     weights::Source,
 };
@@ -290,7 +290,7 @@ impl Model {
         rec.push(RmsNorm { x, rows: Some(inputs.logit_rows.reshape(&[m])), norm, out: last });
         self.lm_head.record(rec, "lm_head", last, logits, Store::Set);
         if shape.sample {
-            rec.push(Sample {
+            let kernel = Sample {
                 logits,
                 n_vocab: self.spec.vocab_size,
                 rows: inputs.sampling.reshape(&[m, inputs.sampling.cols()]),
@@ -298,8 +298,11 @@ impl Model {
                 biases: inputs.biases,
                 counts: scratch.counts,
                 scratch: buffers.rows(scratch.sample_scratch, m),
+                slices: scratch.sample_slices,
                 ids: scratch.sampled.reshape(&[m]),
-            });
+                stage: SampleStage::Whole,
+            };
+            sample(rec, kernel);
         }
         if shape.logprobs {
             rec.push(Logprobs {

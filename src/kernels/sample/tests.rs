@@ -1,7 +1,6 @@
 //! Sampling against a second, literal implementation that sorts; the devices against each other.
 
 use super::*;
-use crate::device::Allocate as _;
 use crate::{
     device::{
         DType::{F32, U32},

@@ -87,7 +87,9 @@ impl Case {
         let (stride, logits) = self.padded_logits();
         let n = self.rows.len();
         check(1e-7, |bench, rec| {
-            rec.push(Sample {
+            // Not compared: the twin needs no slices.
+            let slices = Sample::alloc_slices(&mut bench.device, n, self.n_vocab).unwrap();
+            let kernel = Sample {
                 logits: bench.floats(&[n, stride], F32, |_, i| logits[i]),
                 n_vocab: self.n_vocab,
                 rows: bench.ints(&[n, SamplingRow::WORDS], U32, self.words()),
@@ -103,16 +105,20 @@ impl Case {
                     &self.flat_counts(),
                 ),
                 scratch: bench.normal(&[n, stride], F32),
+                slices,
                 ids: bench.ints(&[n], U32, &vec![9; n]),
-            });
+                stage: SampleStage::Whole,
+            };
+            sample(rec, kernel);
         });
     }
 
     pub(super) fn run(&self, mut device: Device) -> Outcome {
         let (stride, logits) = self.padded_logits();
         let (n, counts) = (self.rows.len(), self.flat_counts());
+        let slices = Sample::alloc_slices(&mut device, n, self.n_vocab).unwrap();
         let mut alloc = |shape: &[usize], dtype| device.alloc("test", shape, dtype).unwrap();
-        let sample = Sample {
+        let kernel = Sample {
             logits: alloc(&[n, stride], F32),
             n_vocab: self.n_vocab,
             rows: alloc(&[n, SamplingRow::WORDS], U32),
@@ -120,20 +126,22 @@ impl Case {
             biases: alloc(&[self.biases.len() + 1, 2], U32),
             counts: alloc(&[self.counts.len() + 1, self.n_vocab], U32),
             scratch: alloc(&[n, stride], F32),
+            slices,
             ids: alloc(&[n], U32),
+            stage: SampleStage::Whole,
         };
-        device.write(&sample.logits, &logits);
-        device.write(&sample.rows, self.words());
-        device.write(&sample.masks, &self.flat_masks());
-        device.write(&sample.biases, &self.flat_biases());
-        device.write(&sample.counts, &counts);
+        device.write(&kernel.logits, &logits);
+        device.write(&kernel.rows, self.words());
+        device.write(&kernel.masks, &self.flat_masks());
+        device.write(&kernel.biases, &self.flat_biases());
+        device.write(&kernel.counts, &counts);
         let mut rec = Recording::new(&device.caps());
-        rec.push(sample);
+        sample(&mut rec, kernel);
         let plan = device.prepare(rec).unwrap();
         device.run(&plan).unwrap();
         Outcome {
-            ids: device.read_now(&sample.ids).unwrap(),
-            counts: device.read_now(&sample.counts).unwrap(),
+            ids: device.read_now(&kernel.ids).unwrap(),
+            counts: device.read_now(&kernel.counts).unwrap(),
         }
     }
 
