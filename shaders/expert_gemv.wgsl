@@ -58,8 +58,16 @@ fn gated(slot: u32, row: u32, live: bool, lid: u32) {
 }
 
 fn combine(token: u32, row: u32, live: bool, lid: u32) {
+    // What is added to is read first, so that nothing waits for it in the end.
+    let at = token * p.out_stride4 + row / 4u;
     var sum = vec4(0.0);
     var next = vec4(0.0);  // of the next four rows
+    if (live && lid % SHARE == 0u) {
+        sum = out_load(out[at]);
+        if (PAIR) {
+            next = out_load(out[at + 1u]);
+        }
+    }
     let first = token * p.top_k + lid % SHARE / LANES;
     for (var slot = first; slot < (token + 1u) * p.top_k; slot += SHARE / LANES) {
         let expert = bank_expert(slot);
@@ -78,10 +86,9 @@ fn combine(token: u32, row: u32, live: bool, lid: u32) {
     }
     sum_dots(lid);
     if (live && lid % SHARE == 0u) {
-        let at = token * p.out_stride4 + row / 4u;
-        out[at] = out_store(out_load(out[at]) + dots_of(0u, 0u, lid));
+        out[at] = out_store(dots_of(0u, 0u, lid));
         if (PAIR) {
-            out[at + 1u] = out_store(out_load(out[at + 1u]) + dots_of(0u, 1u, lid));
+            out[at + 1u] = out_store(dots_of(0u, 1u, lid));
         }
     }
 }

@@ -2,11 +2,14 @@
 // GROUP inputs (0: one scale for the row).
 const CHUNK: u32 = 16u;
 override GROUP: u32 = 0u;
-// As bits of 2^23 + 128 + q, since GPUs convert integers at a fraction of their rate.
+// As bits, since GPUs convert integers at a fraction of their rate: with its sign bit flipped,
+// which adds 128, q is the last byte of 2^23 + 128 + q, and the one before that in 2^15 + 128 + q.
 fn weight4(chunk: vec4<u32>, i: u32) -> vec4<f32> {
-    let q = chunk[i] ^ 0x80808080u;
-    let bytes = vec4(q, q >> 8u, q >> 16u, q >> 24u) & vec4(0xffu);
-    return bitcast<vec4<f32>>(bytes | vec4(0x4b000000u)) - vec4(8388736.0);
+    let q = chunk[i];
+    let high = q >> 16u;
+    let bits = (vec4(q, q, high, high) & vec4(0xffu, 0xff00u, 0xffu, 0xff00u))
+        ^ vec4(0x4b000080u, 0x47008000u, 0x4b000080u, 0x47008000u);
+    return bitcast<vec4<f32>>(bits) - vec4(8388736.0, 32896.0, 8388736.0, 32896.0);
 }
 fn weight_scale(row: u32, chunk: u32) -> f32 {
     if (GROUP == 0u) {
