@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::device::{Binding, Caps, Io, Kernel, Launch, Shader, Tensor, params};
 
-use super::grid_2d;
+use super::{grid_2d, has_subgroup_sums};
 
 /// Limits of the shader's workgroup memory.
 const MAX_EXPERTS: usize = 1024;
@@ -72,6 +72,15 @@ pub struct GroupedTopk {
     pub routing: Routing,
 }
 
+/// The include that chooses: on a GPU one subgroup does it without barriers, where it has all
+/// experts.
+pub(super) fn pick(routing: &Routing, caps: &Caps) -> &'static str {
+    let threads = routing.n_experts.div_ceil(4).max(routing.top_k) as u32;
+    let fits = caps.subgroups.is_some_and(|(least, _)| threads <= least);
+    let alone = fits && !caps.software && has_subgroup_sums(caps) && routing.n_group <= 1;
+    if alone { "subgroup" } else { "workgroup" }
+}
+
 params! {
     /// Mirror of the WGSL `Params`.
     pub struct GroupedTopkParams {
@@ -118,6 +127,7 @@ impl Kernel for GroupedTopk {
         let (grid_x, grid_y) = grid_2d(logits.rows() as u32, caps);
         Launch {
             shader: Shader::new(Self::NAME)
+                .slot("pick", pick(&routing, caps))
                 .set("THREADS", (routing.n_experts as u32).next_power_of_two().clamp(64, 256))
                 .set("BIAS", bias.is_some())
                 .set("SOFTMAX", routing.scoring == Scoring::Softmax)

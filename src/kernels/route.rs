@@ -10,7 +10,7 @@ use crate::{
 
 use super::{
     Matrix, Norm, Routing, Scoring, float_slot,
-    grouped_topk::{GroupedTopkParams, MAX_GROUPS, MAX_TOP_K, route},
+    grouped_topk::{GroupedTopkParams, MAX_GROUPS, MAX_TOP_K, pick, route},
     has_subgroup_sums,
     matrix::{RowShare, dot},
     rms_norm::normalise,
@@ -98,6 +98,7 @@ impl Kernel for Route {
         Launch {
             shader: share
                 .shader(Shader::new(Self::NAME), caps)
+                .slot("pick", pick(&routing, caps))
                 .slot("out", float_slot(normed.dtype, caps))
                 .set("NORM", true)
                 .set("BIAS", self.has_bias)
