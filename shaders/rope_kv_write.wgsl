@@ -2,6 +2,8 @@
 // into the paged cache (vLLM's reshape_and_cache), in one pass over rows of the fused projection.
 // LANES threads own one head of one token, a thread one vec4 of it.
 #include "include/out_{out}.wgsl"
+#include "include/sum_{sum}.wgsl"
+#include "include/turn.wgsl"
 
 struct Params {
     n_tokens: u32,
@@ -30,32 +32,13 @@ struct Params {
 
 override HEAD4: u32 = 16u;           // head_dim / 4
 override LANES: u32 = 16u;           // HEAD4 rounded up to a power of two, at most 64
+override SUBLANES: u32 = 1u;         // of them that add up without a barrier of the workgroup
 override QK_NORM: u32 = 0u;          // 0: none, 1: each head, 2: all heads of a projection together
-override INTERLEAVED: bool = false;  // rotates pairs (2i, 2i + 1), else (i, i + rotary_dim / 2)
 
 const THREADS: u32 = 64u;
 
 var<workgroup> staged: array<f32, 256>;      // [THREADS / LANES heads, 4 * LANES]
 var<workgroup> squares: array<f32, THREADS>;
-
-// Element e of the head staged at `base`, rotated by the angles of a table row.
-fn rotated(base: u32, e: u32, angles: u32) -> f32 {
-    let x = staged[base + e];
-    if (e >= p.rotary_dim) {
-        return x;
-    }
-    let n_pairs = p.rotary_dim / 2u;
-    var first = e < n_pairs;
-    var pair = select(e - n_pairs, e, first);
-    var partner = select(e - n_pairs, e + n_pairs, first);
-    if (INTERLEAVED) {
-        first = e % 2u == 0u;
-        pair = e / 2u;
-        partner = e ^ 1u;
-    }
-    let y = staged[base + partner];
-    return x * table[angles + pair] + select(y, -y, first) * table[angles + n_pairs + pair];
-}
 
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -63,18 +46,37 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if (token >= p.n_tokens) {
         return;
     }
-    let slot = tokens[token].y;
-    if (slot >= p.n_slots) {
-        return;
-    }
+    // Loads that wait for nothing come first.
+    let t = tokens[token];
     let lane = lid % LANES;
     let head = group.x * (THREADS / LANES) + lid / LANES;  // of q, then k, then v
     let n_normed = p.n_heads + p.n_kv_heads;
     let live = lane < HEAD4 && head < n_normed + p.n_kv_heads;
+    let normed = live && head < n_normed;
     let row = token * p.qkv_stride4;
     var x = vec4(0.0);
     if (live) {
         x = qkv[row + head * HEAD4 + lane];
+    }
+    var weight = vec4(1.0);
+    if (QK_NORM != 0u && normed) {
+        let first = select(select(HEAD4, 0u, head < p.n_heads), head * HEAD4, QK_NORM == 2u);
+        weight = norm[first + lane];
+    }
+    let slot = t.y;
+    if (slot >= p.n_slots) {
+        return;
+    }
+    let angles = min(t.x, p.n_positions - 1u) * p.rotary_dim;
+    var cosines = vec4(1.0);
+    var sines = vec4(0.0);
+    for (var c = 0u; c < 4u; c++) {
+        let e = lane * 4u + c;
+        if (normed && e < p.rotary_dim) {
+            let pair = turn_of(e).pair;
+            cosines[c] = table[angles + pair];
+            sines[c] = table[angles + p.rotary_dim / 2u + pair];
+        }
     }
     if (QK_NORM != 0u) {
         var sum = dot(x, x);
@@ -88,12 +90,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 sum += dot(v, v);
             }
         }
-        squares[lid] = sum;
-        // The weight before the rotation, the scale after it: one barrier serves both.
-        if (live && head < n_normed) {
-            x *= norm[select(select(HEAD4, 0u, head < p.n_heads), head * HEAD4, QK_NORM == 2u)
-                + lane];
+        sum = sum_lanes(sum, lid, SUBLANES);
+        if (lid % SUBLANES == 0u) {
+            squares[lid / SUBLANES] = sum;
         }
+        // The weight before the rotation, the scale after it: one barrier serves both.
+        x *= weight;
     }
     for (var c = 0u; c < 4u; c++) {
         staged[lid * 4u + c] = x[c];
@@ -114,15 +116,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         v_cache[at * HEAD4 + lane] = out_store(x);
         return;
     }
-    let base = (lid - lane) * 4u;
-    let angles = min(tokens[token].x, p.n_positions - 1u) * p.rotary_dim;
-    let e = lane * 4u;
-    var y = vec4(rotated(base, e, angles), rotated(base, e + 1u, angles),
-                 rotated(base, e + 2u, angles), rotated(base, e + 3u, angles));
+    var y = x * cosines;
+    for (var c = 0u; c < 4u; c++) {
+        let e = lane * 4u + c;
+        if (e < p.rotary_dim) {
+            let turn = turn_of(e);
+            y[c] += turn.sign * staged[(lid - lane) * 4u + turn.partner] * sines[c];
+        }
+    }
     if (QK_NORM != 0u) {
         var sum = 0.0;
-        for (var i = 0u; i < LANES; i++) {
-            sum += squares[lid - lane + i];
+        for (var i = 0u; i < LANES / SUBLANES; i++) {
+            sum += squares[(lid - lane) / SUBLANES + i];
         }
         let n_heads = select(p.n_kv_heads, p.n_heads, head < p.n_heads);
         let n = p.norm_dim * select(1u, n_heads, QK_NORM == 2u);

@@ -16,11 +16,8 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> p: Params;
 
-override HEAD4: u32 = 16u;  // head_dim / 4
-
-// Index of the first vec4 of a head's row in k_cache and v_cache.
-fn cache_row(sequence: u32, kv_head: u32, position: u32) -> u32 {
-    let block = block_tables[sequence * p.max_blocks + position / p.block_size];
-    let offset = position % p.block_size;
-    return ((block * p.n_kv_heads + kv_head) * p.block_size + offset) * HEAD4;
+fn block_at(i: u32) -> u32 {
+    return block_tables[i];
 }
+
+#include "include/cache_row.wgsl"

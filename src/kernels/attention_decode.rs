@@ -11,7 +11,7 @@ use crate::device::{
     Allocate, Binding, Caps, DType, DeviceError, Io, Kernel, Launch, Shader, Tensor, params,
 };
 
-use super::{float_slot, grid_2d};
+use super::{float_slot, grid_2d, has_subgroup_sums, sum_lanes};
 
 /// `out = softmax(q k^T * scale) v` for each token, over the positions of its sequence up to its
 /// own: paged (Kwon et al. 2023), grouped-query (Ainslie et al. 2023) attention.
@@ -63,6 +63,8 @@ params! {
 
 /// Positions that a workgroup takes at once.
 const TILE: usize = 128;
+/// Threads that share a row of keys, where they can add up without a barrier: a power of two.
+const KEY_LANES: u32 = 8;
 /// Workgroups that keep a large GPU busy.
 const ENOUGH: usize = 128;
 /// Workgroups that share a context, at most.
@@ -75,14 +77,11 @@ struct Split {
     parts: usize,
 }
 
-/// Memory through which workgroups that share a context pass on what they have found.
+/// Memory through which workgroups that share a context pass on what they have found. U32: how many
+/// parts of each token's groups of heads are done, zero between launches, then of each group and
+/// part values, largest score and sum of each head.
 #[derive(Debug, Clone, Copy)]
-pub struct AttentionParts {
-    /// Of each group of heads and part: values, largest score and sum of each head. F32
-    found: Tensor,
-    /// How many parts of a group of heads are done: zero between launches. U32
-    done: Tensor,
-}
+pub struct AttentionParts(pub(super) Tensor);
 
 impl AttentionParts {
     /// Room for any launch of this many heads.
@@ -96,10 +95,8 @@ impl AttentionParts {
         head_dim: usize,
     ) -> Result<Self, DeviceError> {
         let heads = (n_heads / n_kv_heads).next_power_of_two().min(8);
-        let words = ENOUGH * heads * (head_dim + 2);
-        let found = device.alloc("attention parts", &[words], DType::F32)?;
-        let done = device.alloc("attention parts done", &[ENOUGH / 2], DType::U32)?;
-        Ok(Self { found, done })
+        let words = ENOUGH / 2 + ENOUGH * heads * (head_dim + 2);
+        Ok(Self(device.alloc("attention parts", &[words], DType::U32)?))
     }
 }
 
@@ -120,6 +117,30 @@ impl AttentionDecode {
         let parts = (ENOUGH / groups(heads).max(1)).min(n_tiles).min(MOST_PARTS);
         Split { heads, parts: if caps.ordered_groups { parts.max(1) } else { 1 } }
     }
+
+    /// What `include/attend_token.wgsl` takes, and the workgroups of a token.
+    pub(super) fn share(&self, shader: Shader, caps: &Caps) -> (Shader, u32) {
+        let head4 = self.head_dim as u32 / 4;
+        // At least 4: the shader takes four strides of positions at once.
+        let lanes = head4.next_power_of_two().max(4);
+        let Split { heads, parts } = self.split(caps);
+        // A CPU that plays GPU runs threads one after another, and most have nothing to do.
+        let threads = if caps.software { lanes.max(32) } else { TILE as u32 };
+        let alone = caps.software || !has_subgroup_sums(caps) || !head4.is_multiple_of(KEY_LANES);
+        let (shader, sublanes) = sum_lanes(shader, caps, lanes.min(threads / heads as u32).min(32));
+        let shader = shader
+            .slot("act", float_slot(self.k_cache.dtype, caps))
+            .slot("out", float_slot(self.out.dtype, caps))
+            .set("THREADS", threads)
+            .set("SUBLANES", sublanes)
+            .set("KEY_LANES", if alone { 1 } else { sublanes.min(KEY_LANES) })
+            .set("HEAD4", head4)
+            .set("LANES", lanes)
+            .set("HEADS", heads as u32)
+            .set("PARTS", parts as u32);
+        let n_groups = self.n_kv_heads * (self.n_heads / self.n_kv_heads).div_ceil(heads);
+        (shader, (n_groups * parts) as u32)
+    }
 }
 
 impl Kernel for AttentionDecode {
@@ -127,24 +148,11 @@ impl Kernel for AttentionDecode {
     type Params = AttentionParams;
 
     fn launch(&self, caps: &Caps) -> Launch<AttentionParams> {
-        let head4 = self.head_dim as u32 / 4;
-        // At least 4: the shader takes four strides of positions at once.
-        let lanes = head4.next_power_of_two().max(4);
-        let Split { heads, parts } = self.split(caps);
-        let n_groups = self.n_kv_heads * (self.n_heads / self.n_kv_heads).div_ceil(heads);
         let n_tokens = self.tokens.rows() as u32;
         let (grid_y, grid_z) = grid_2d(n_tokens, caps);
-        // A CPU that plays GPU runs threads one after another, and most have nothing to do.
-        let threads = if caps.software { lanes.max(32) } else { TILE as u32 };
+        let (shader, n_groups) = self.share(Shader::new(Self::NAME), caps);
         Launch {
-            shader: Shader::new(Self::NAME)
-                .set("THREADS", threads)
-                .slot("act", float_slot(self.k_cache.dtype, caps))
-                .slot("out", float_slot(self.out.dtype, caps))
-                .set("HEAD4", head4)
-                .set("LANES", lanes)
-                .set("HEADS", heads as u32)
-                .set("PARTS", parts as u32),
+            shader,
             params: AttentionParams {
                 n_items: n_tokens,
                 n_heads: self.n_heads as u32,
@@ -164,26 +172,14 @@ impl Kernel for AttentionDecode {
                 Binding::read(self.tokens),
                 Binding::read(self.block_tables),
                 Binding::write(self.out),
-                Binding::write(self.parts.found),
-                Binding::write(self.parts.done),
+                Binding::write(self.parts.0),
             ],
-            grid: [(n_groups * parts) as u32, grid_y, grid_z],
+            grid: [n_groups, grid_y, grid_z],
         }
     }
 
     fn twin(p: &AttentionParams, io: &Io<'_>) {
-        let tokens = io.read::<[u32; 4]>(3);
-        let mut queries = Vec::new();
-        for (row, &[position, slot, sequence, _]) in tokens[..p.n_items as usize].iter().enumerate()
-        {
-            if slot == u32::MAX {
-                let stride = p.out_stride4 as usize * 4;
-                io.store(5, row * stride, &vec![0.0; stride]);
-            } else {
-                queries.push(Query { row, sequence: sequence as usize, position });
-            }
-        }
-        p.attend(io, &queries);
+        p.attend_tokens(io, &io.read(3), [1, 2, 5], &io.read(0), &io.read(4));
     }
 }
 
@@ -197,20 +193,52 @@ pub(super) struct Query {
 }
 
 impl AttentionParams {
-    /// The twin of both kernels, whose bindings differ only in what names the queries.
+    /// The twin for single tokens, with the bindings of keys, values and output.
+    pub(super) fn attend_tokens(
+        &self,
+        io: &Io<'_>,
+        tokens: &[[u32; 4]],
+        at: [usize; 3],
+        q: &[f32],
+        tables: &[u32],
+    ) {
+        let mut queries = Vec::new();
+        let tokens = tokens[..self.n_items as usize].iter().enumerate();
+        for (row, &[position, slot, sequence, _]) in tokens {
+            if slot == u32::MAX {
+                let stride = self.out_stride4 as usize * 4;
+                io.store(at[2], row * stride, &vec![0.0; stride]);
+            } else {
+                queries.push(Query { row, sequence: sequence as usize, position });
+            }
+        }
+        self.attend_in(io, at, q, tables, &queries);
+    }
+
+    /// The twin of the kernels whose bindings differ only in what names the queries.
     pub(super) fn attend(&self, io: &Io<'_>, queries: &[Query]) {
-        match io.tensor(1).dtype {
-            DType::F16 => self.attend_in::<f16>(io, queries),
-            _ => self.attend_in::<f32>(io, queries),
+        self.attend_in(io, [1, 2, 5], &io.read(0), &io.read(4), queries);
+    }
+
+    fn attend_in(&self, io: &Io<'_>, at: [usize; 3], q: &[f32], tables: &[u32], queries: &[Query]) {
+        match io.tensor(at[0]).dtype {
+            DType::F16 => self.attend_as::<f16>(io, at, q, tables, queries),
+            _ => self.attend_as::<f32>(io, at, q, tables, queries),
         }
     }
 
-    fn attend_in<T: Pod + Into<f64> + Sync>(&self, io: &Io<'_>, queries: &[Query]) {
-        let (q, k, v, tables) =
-            (io.read::<f32>(0), io.read::<T>(1), io.read::<T>(2), io.read::<u32>(4));
+    fn attend_as<T: Pod + Into<f64> + Sync>(
+        &self,
+        io: &Io<'_>,
+        [k, v, out]: [usize; 3],
+        q: &[f32],
+        block_tables: &[u32],
+        queries: &[Query],
+    ) {
+        let (k, v) = (io.read::<T>(k), io.read::<T>(v));
         let head_dim = io.shader.override_value("HEAD4").unwrap_or(0) as usize * 4;
-        let cache = Paged { p: self, k: &k, v: &v, block_tables: &tables, head_dim };
-        let (q, stride) = (&*q, self.q_stride4 as usize * 4);
+        let cache = Paged { p: self, k: &k, v: &v, block_tables, head_dim };
+        let stride = self.q_stride4 as usize * 4;
         let outs: Vec<Vec<f32>> = queries
             .par_iter()
             .map(|query| {
@@ -220,9 +248,9 @@ impl AttentionParams {
             })
             .collect();
         let stride = self.out_stride4 as usize * 4;
-        for (query, mut out) in queries.iter().zip(outs) {
-            out.resize(stride, 0.0);
-            io.store(5, query.row * stride, &out);
+        for (query, mut y) in queries.iter().zip(outs) {
+            y.resize(stride, 0.0);
+            io.store(out, query.row * stride, &y);
         }
     }
 }

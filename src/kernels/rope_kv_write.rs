@@ -4,7 +4,7 @@
 
 use crate::device::{Binding, Caps, Io, Kernel, Launch, Shader, Tensor, params};
 
-use super::{float_slot, grid_2d};
+use super::{float_slot, grid_2d, has_subgroup_sums, sum_lanes};
 
 /// Whether queries and keys are normalised to a root mean square of one, and over what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,8 +84,11 @@ impl Kernel for RopeKvWrite {
         let (grid_y, grid_z) = grid_2d(n_tokens, caps);
         let [n_blocks, _, block_size, _] = self.k_cache.shape;
         let n_heads = (self.n_heads + 2 * self.n_kv_heads) as u32;
+        let most = if has_subgroup_sums(caps) && !caps.software { lanes.min(32) } else { 1 };
+        let (shader, sublanes) = sum_lanes(Shader::new(Self::NAME), caps, most);
         Launch {
-            shader: Shader::new(Self::NAME)
+            shader: shader
+                .set("SUBLANES", sublanes)
                 .slot("out", float_slot(self.k_cache.dtype, caps))
                 .set("HEAD4", head4)
                 .set("LANES", lanes)
@@ -119,10 +122,29 @@ impl Kernel for RopeKvWrite {
     }
 
     fn twin(p: &RopeKvWriteParams, io: &Io<'_>) {
+        let norm = match io.shader.override_value("QK_NORM") {
+            Some(1) => QkNorm::PerHead,
+            Some(2) => QkNorm::Full,
+            _ => QkNorm::None,
+        };
+        p.turn(io, norm, &io.read(3), [5, 6], |at, q| io.store(4, at, q));
+    }
+}
+
+impl RopeKvWriteParams {
+    /// The twin, with tokens and the bindings of the caches; hands on the rows of q, each with the
+    /// index of its first element.
+    pub(super) fn turn(
+        &self,
+        io: &Io<'_>,
+        qk_norm: QkNorm,
+        tokens: &[[u32; 4]],
+        [k_cache, v_cache]: [usize; 2],
+        mut store_q: impl FnMut(usize, &[f32]),
+    ) {
+        let (p, interleaved) = (self, io.shader.override_value("INTERLEAVED") == Some(1));
         let (qkv, norm, table) = (io.read::<f32>(0), io.read::<f32>(1), io.read::<f32>(2));
-        let tokens = io.read::<[u32; 4]>(3);
-        let option = |name| io.shader.override_value(name).unwrap_or(0);
-        let dim = option("HEAD4") as usize * 4;
+        let dim = io.shader.override_value("HEAD4").unwrap_or(0) as usize * 4;
         let (n_heads, n_kv) = (p.n_heads as usize, p.n_kv_heads as usize);
         let (q_dim, k_dim) = (n_heads * dim, n_kv * dim);
         let rotary = p.rotary_dim as usize;
@@ -135,33 +157,33 @@ impl Kernel for RopeKvWrite {
             let (q, kv) = row.split_at_mut(q_dim);
             let (k, v) = kv.split_at_mut(k_dim);
             let (eps, norm_dim) = (f64::from(p.eps), p.norm_dim as usize);
-            match option("QK_NORM") {
-                1 => {
+            match qk_norm {
+                QkNorm::PerHead => {
                     let (q_norm, k_norm) = norm[..2 * dim].split_at(dim);
                     q.chunks_mut(dim).for_each(|q| normalise(q, q_norm, norm_dim, eps));
                     k.chunks_mut(dim).for_each(|k| normalise(k, k_norm, norm_dim, eps));
                 }
-                2 => {
+                QkNorm::Full => {
                     normalise(q, &norm[..q_dim], n_heads * norm_dim, eps);
                     normalise(k, &norm[q_dim..][..k_dim], n_kv * norm_dim, eps);
                 }
-                _ => {}
+                QkNorm::None => {}
             }
             let angles = &table[position.min(p.n_positions - 1) as usize * rotary..][..rotary];
             for head in q.chunks_mut(dim).chain(k.chunks_mut(dim)) {
-                rotate(&mut head[..rotary], angles, option("INTERLEAVED") == 1);
+                rotate(&mut head[..rotary], angles, interleaved);
             }
             let narrow = |x: &[f64]| -> Vec<f32> { x.iter().map(|&x| x as f32).collect() };
             let q_stride = p.q_stride4 as usize * 4;
             let mut q = narrow(q);
             q.resize(q_stride, 0.0);
-            io.store(4, token * q_stride, &q);
+            store_q(token * q_stride, &q);
             let block_size = p.block_size as usize;
             let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
             for (kv_head, (k, v)) in k.chunks(dim).zip(v.chunks(dim)).enumerate() {
                 let at = ((block * n_kv + kv_head) * block_size + offset) * dim;
-                io.store(5, at, &narrow(k));
-                io.store(6, at, &narrow(v));
+                io.store(k_cache, at, &narrow(k));
+                io.store(v_cache, at, &narrow(v));
             }
         }
     }

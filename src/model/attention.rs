@@ -4,7 +4,9 @@
 use crate::{
     Result,
     device::{Recording, Tensor},
-    kernels::{AttentionDecode, AttentionPrefill, QkNorm, RopeKvWrite, Store, attend_tiles},
+    kernels::{
+        AttentionDecode, AttentionPrefill, QkNorm, RopeKvWrite, Store, attend_next, attend_tiles,
+    },
 };
 
 use super::{
@@ -75,7 +77,7 @@ impl Attention {
         let mixed = buffers.rows(buffers.attention, n);
         let (k_cache, v_cache) = kv.layers[self.index];
         self.qkv.record(rec, "qkv", input, qkv, Store::Set);
-        rec.push(RopeKvWrite {
+        let rope = RopeKvWrite {
             qkv,
             norm: self.norm,
             table,
@@ -91,27 +93,31 @@ impl Attention {
             interleaved: false,
             qk_norm: a.qk_norm,
             eps: spec.rms_norm_eps,
-        });
+        };
         let scale = (a.head_dim as f32).powf(-0.5);
         let (n_heads, n_kv_heads, block_size) = (a.n_heads, a.n_kv_heads, kv.block_size);
         let (block_tables, window) = (inputs.block_tables, self.window);
-        if shape.n_decode > 0 {
-            let n = shape.n_decode;
-            rec.push(AttentionDecode {
-                q: q.reshape(&[n, q.cols()]),
-                k_cache,
-                v_cache,
-                tokens: inputs.tokens.reshape(&[n, 4]),
-                block_tables,
-                out: mixed.reshape(&[n, mixed.cols()]),
-                parts: buffers.attention_parts,
-                n_heads,
-                n_kv_heads,
-                head_dim,
-                block_size,
-                scale,
-                window,
-            });
+        let decode = AttentionDecode {
+            q: q.reshape(&[shape.n_decode, q.cols()]),
+            k_cache,
+            v_cache,
+            tokens: inputs.tokens.reshape(&[shape.n_decode, 4]),
+            block_tables,
+            out: mixed.reshape(&[shape.n_decode, mixed.cols()]),
+            parts: buffers.attention_parts,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            block_size,
+            scale,
+            window,
+        };
+        // Single tokens are of different sequences, those of a chunk see each other.
+        if shape.n_prefill == 0 {
+            attend_next(rec, rope, decode);
+        } else {
+            rec.push(rope);
+            rec.push(decode);
         }
         if shape.n_tiles > 0 {
             let attention = AttentionPrefill {

@@ -303,14 +303,16 @@ impl Scratch {
     ) -> Result<Self> {
         let (n, m) = (limits.max_tokens, limits.max_logits);
         let vocab = padded(spec.vocab_size);
+        // One after the other, so that a kernel can bind them as one; whole 256 bytes, at which
+        // every device can bind.
+        let (tables, line) = ([limits.max_sequences, limits.max_blocks], 64);
+        let n_lines = [n * 4, tables[0] * tables[1]].map(|words| words.div_ceil(line));
+        let lines = [n_lines[0] + n_lines[1], line];
+        let places = device.alloc("tokens and block tables", &lines, DType::U32)?;
         let inputs = StepInputs {
             ids: device.alloc("token ids", &[n], DType::U32)?,
-            tokens: device.alloc("tokens", &[n, 4], DType::U32)?,
-            block_tables: device.alloc(
-                "block tables",
-                &[limits.max_sequences, limits.max_blocks],
-                DType::U32,
-            )?,
+            tokens: places.slice(0..n_lines[0]).reshape(&[n, 4]),
+            block_tables: places.slice(n_lines[0]..lines[0]).reshape(&tables),
             tiles: device.alloc("tiles", &[limits.max_tiles(), 4], DType::U32)?,
             logit_rows: device.alloc("logit rows", &[m], DType::U32)?,
             sampling: device.alloc("sampling", &[m, SamplingRow::WORDS], DType::U32)?,
@@ -343,9 +345,9 @@ impl Scratch {
             expert_counts,
             counts: device.alloc("token counts", &counts, DType::U32)?,
             sample_scratch: device.alloc("sample scratch", &[m, vocab], DType::F32)?,
+            sample_slices: Sample::alloc_slices(device, m, spec.vocab_size)?,
             buffers: Buffers::alloc(device, spec, limits, activations)?,
         })
-            sample_slices: Sample::alloc_slices(device, m, spec.vocab_size)?,
     }
 }
 
