@@ -1,7 +1,7 @@
 // A tile of 128 tokens: each subgroup holds FM x FN matrices, SG_M subgroups share the tokens; STEP
 // columns are staged at a time.
 const TILE_TOKENS: u32 = 128u;
-const FM: u32 = 4u;
-const FN: u32 = 4u;
+const FM: u32 = 64u / EDGE;
+const FN: u32 = 64u / EDGE;
 const SG_M: u32 = 2u;
 const STEP: u32 = 32u;

@@ -1,29 +1,27 @@
 // A tile of TILE_TOKENS activation rows times TILE_ROWS weight rows by four subgroups of 32
-// threads, in cooperative matrices of 16 x 16: f16 operands, f32 sums. Both operands pass through
-// workgroup memory STEP columns at a time; the next ones are in registers meanwhile. Weights are
-// widened to f16 on the way, those in f32 split into two f16 that add up to 22 bits; scales of
-// whole rows are applied to the sums. Interface as in tile_simt.wgsl.
+// threads, in cooperative matrices of EDGE x EDGE: f16 operands, f32 sums. Both operands pass
+// through workgroup memory STEP columns at a time; the next ones are in registers meanwhile.
+// Weights are widened to f16 on the way, those in f32 split into two f16 that add up to 22 bits;
+// scales of whole rows are applied to the sums. Interface as in tile_simt.wgsl.
 //
 // If GATED, half of the tile's weight rows are gates and the other half the ups of the same
 // features, and `store` gets silu(gate) * up: a tile has TILE_ROWS / 2 features.
 //
 // Matrices and prefetched vectors are written out one by one: drivers keep indexed arrays of them,
-// and private variables, in memory. Conditions on constants vanish. Rows of padding are multiplied
-// like others: branches around them cost more than they save. The loop over k is one on purpose:
-// without it NVIDIA's compiler moves the loads of the next step behind the products.
+// and private variables, in memory. Conditions on constants vanish. If the second half of the
+// tokens is padding, a loop of its own leaves it out; branches within a step cost more than they
+// save. The loop over k is one on purpose: without it NVIDIA's compiler moves the loads of the next
+// step behind the products.
 enable f16;
-enable wgpu_cooperative_matrix;
+#include "include/edge_{edge}.wgsl"
 #include "include/coop_{coop}.wgsl"
 
-alias MatrixX = coop_mat16x16<f16, A>;
-alias MatrixW = coop_mat16x16<f16, B>;
-alias MatrixSum = coop_mat16x16<f32, C>;
 alias x_vec = vec4<u32>;  // eight f16
 
 const THREADS: u32 = 128u;
 const NO_ROW: u32 = 0xffffffffu;
 // Columns of a row of matrices as a subgroup stores it, and its gates.
-const SUM_COLS: u32 = FN * 16u;
+const SUM_COLS: u32 = FN * EDGE;
 const HALF: u32 = SUM_COLS / 2u;
 const TILE_ROWS: u32 = 4u / SG_M * SUM_COLS;
 
@@ -38,19 +36,22 @@ const W_ROWS: u32 = THREADS / STEP_CHUNKS;
 const X_LOADS: u32 = (TILE_TOKENS + X_ROWS - 1u) / X_ROWS;
 const W_LOADS: u32 = TILE_ROWS / W_ROWS;
 // Tokens between two matrices of tokens of a subgroup.
-const M_STEP: u32 = SG_M * 16u;
-// From row to row of two matrices side by side as a subgroup stores them, in vec4s.
-const SUM_STRIDE: u32 = 9u;
+const M_STEP: u32 = SG_M * EDGE;
+// Vec4s of a row of a matrix, and from row to row of two side by side as a subgroup stores them.
+const QUADS: u32 = EDGE / 4u;
+const SUM_STRIDE: u32 = 2u * QUADS + 1u;
+// Scales of groups are multiplied by it, or f16 would lose bits of small ones; sums divided.
+const GROUP_SCALE: f32 = 256.0;
 
 // Rows of x, of weights, of what rounding them to f16 has left if they are f32.
 const W_TILE: u32 = TILE_TOKENS * STRIDE;
 const REST: u32 = TILE_ROWS * STRIDE;
 const STAGED: u32 = W_TILE + REST * (1u + 4u / CHUNK);
-var<workgroup> staged: array<vec4<f16>, STAGED>;
-// One subgroup's at a time: what a workgroup takes decides how many a processor holds.
-var<workgroup> sums: array<vec4<f32>, 16u * SUM_STRIDE>;  // [16 tokens]
+// One subgroup's at a time: what a workgroup takes decides how many a processor holds. [EDGE]
+const SUMS: u32 = EDGE * SUM_STRIDE;
 // Scales of whole rows, read long before they are needed. [TILE_ROWS]
 var<workgroup> row_scales: array<f32, TILE_ROWS>;
+var<workgroup> halved: u32;  // whether the second half of the tokens is padding
 
 // Neighbouring threads take neighbouring rows: their stores go to different banks.
 fn x_row(i: u32, lid: u32) -> u32 { return lid % 8u + lid / (8u * STEP8) * 8u + i * X_ROWS; }
@@ -112,8 +113,8 @@ fn stage_x(i: u32, v: vec4<u32>, chunk: u32, lid: u32) {
         if (STEP8 > 4u && x_group(chunk, lid) >= p.n_chunks * CHUNK / 8u) {
             halves = vec4(0u);
         }
-        staged[to] = vec4<f16>(vec4(unpack2x16float(halves.x), unpack2x16float(halves.y)));
-        staged[to + 1u] = vec4<f16>(vec4(unpack2x16float(halves.z), unpack2x16float(halves.w)));
+        stage4(to, vec4<f16>(vec4(unpack2x16float(halves.x), unpack2x16float(halves.y))));
+        stage4(to + 1u, vec4<f16>(vec4(unpack2x16float(halves.z), unpack2x16float(halves.w))));
     }
 }
 
@@ -134,15 +135,15 @@ fn int_halves(chunk: vec4<u32>, i: u32) -> vec4<f16> {
     return vec4<f16>(even.x, odd.x, even.y, odd.y);
 }
 
-// Scales of int4 are rounded to f16, which is little beside the rounding of its weights.
+// Scales of groups are rounded to f16, which is little beside the rounding of integers.
 fn weight_halves(chunk: vec4<u32>, i: u32, scale: f32) -> vec4<f16> {
-    if (CHUNK == 32u) {
-        return int_halves(chunk, i) * f16(scale);
+    if (CHUNK < 16u) {
+        return vec4<f16>(weight4(chunk, i));
     }
-    if (CHUNK == 16u && scale_is_per_row()) {
+    if (scale_is_per_row()) {
         return int_halves(chunk, i);
     }
-    return vec4<f16>(weight4(chunk, i) * scale);
+    return int_halves(chunk, i) * f16(scale);
 }
 
 fn stage_w(i: u32, v: vec4<u32>, row: u32, chunk: u32, lid: u32) {
@@ -150,53 +151,51 @@ fn stage_w(i: u32, v: vec4<u32>, row: u32, chunk: u32, lid: u32) {
         let to = W_TILE + w_row(i, lid) * STRIDE + w_col(lid) * (CHUNK / 4u);
         var scale = 1.0;
         if (!scale_is_per_row()) {
-            scale = weight_scale(row, min(chunk + w_col(lid), p.n_chunks - 1u));
+            scale = GROUP_SCALE * weight_scale(row, min(chunk + w_col(lid), p.n_chunks - 1u));
         }
-        staged[to] = weight_halves(v, 0u, scale);
+        stage4(to, weight_halves(v, 0u, scale));
         if (CHUNK == 4u) {
             let w = weight4(v, 0u);
-            staged[to + REST] = vec4<f16>(w - vec4<f32>(vec4<f16>(w)));
+            stage4(to + REST, vec4<f16>(w - vec4<f32>(vec4<f16>(w))));
         }
         if (CHUNK > 4u) {
-            staged[to + 1u] = weight_halves(v, 1u, scale);
+            stage4(to + 1u, weight_halves(v, 1u, scale));
         }
         if (CHUNK > 8u) {
-            staged[to + 2u] = weight_halves(v, 2u, scale);
-            staged[to + 3u] = weight_halves(v, 3u, scale);
+            stage4(to + 2u, weight_halves(v, 2u, scale));
+            stage4(to + 3u, weight_halves(v, 3u, scale));
         }
         if (CHUNK > 16u) {
-            staged[to + 4u] = weight_halves(v, 4u, scale);
-            staged[to + 5u] = weight_halves(v, 5u, scale);
-            staged[to + 6u] = weight_halves(v, 6u, scale);
-            staged[to + 7u] = weight_halves(v, 7u, scale);
+            stage4(to + 4u, weight_halves(v, 4u, scale));
+            stage4(to + 5u, weight_halves(v, 5u, scale));
+            stage4(to + 6u, weight_halves(v, 6u, scale));
+            stage4(to + 7u, weight_halves(v, 7u, scale));
         }
     }
 }
 
 // Passes two matrices of each subgroup's sums to `store`: tokens and features that begin `token`
-// and `feature` after the subgroup's first; if GATED, the gates and the ups of 16 features.
+// and `feature` after the subgroup's first; if GATED, the gates and the ups of EDGE features.
 fn store_pair(m0: MatrixSum, m1: MatrixSum, token: u32, feature: u32, lid: u32) {
-    let stride = SUM_STRIDE;
-    let d0 = m0;
-    let d1 = m1;
     for (var subgroup = 0u; subgroup < THREADS / 32u; subgroup++) {
         if (lid / 32u == subgroup) {
-            coopStoreT(d0, &sums[0], stride);
-            coopStoreT(d1, &sums[4], stride);
+            put(m0, 0u, lid);
+            put(m1, QUADS, lid);
         }
         workgroupBarrier();
-        let sg_token = subgroup % SG_M * 16u + token;
-        if (GATED && lid < 64u) {
-            let at = lid / 4u * SUM_STRIDE + lid % 4u;
-            let row = subgroup / SG_M * SUM_COLS + feature + lid % 4u * 4u;
-            let gate = sums[at] * scales_of(row);
-            let up = sums[at + 4u] * scales_of(row + HALF);
+        let sg_token = subgroup % SG_M * EDGE + token;
+        if (GATED && lid < EDGE * QUADS) {
+            let at = lid / QUADS * SUM_STRIDE + lid % QUADS;
+            let row = subgroup / SG_M * SUM_COLS + feature + lid % QUADS * 4u;
+            let gate = sums4(at) * scales_of(row);
+            let up = sums4(at + QUADS) * scales_of(row + HALF);
             let y = gate / (1.0 + exp(-gate)) * up;
-            store(sg_token + lid / 4u, subgroup / SG_M * HALF + feature + lid % 4u * 4u, y);
-        } else if (!GATED) {
-            let row = subgroup / SG_M * SUM_COLS + feature + lid % 8u * 4u;
-            let sum = sums[lid / 8u * SUM_STRIDE + lid % 8u];
-            store(sg_token + lid / 8u, row, sum * scales_of(row));
+            let first = subgroup / SG_M * HALF + feature;
+            store(sg_token + lid / QUADS, first + lid % QUADS * 4u, y);
+        } else if (!GATED && lid < EDGE * 2u * QUADS) {
+            let row = subgroup / SG_M * SUM_COLS + feature + lid % (2u * QUADS) * 4u;
+            let sum = sums4(lid / (2u * QUADS) * SUM_STRIDE + lid % (2u * QUADS));
+            store(sg_token + lid / (2u * QUADS), row, sum * scales_of(row));
         }
         workgroupBarrier();
     }
@@ -206,11 +205,11 @@ fn store_pair(m0: MatrixSum, m1: MatrixSum, token: u32, feature: u32, lid: u32) 
 fn store_row(m0: MatrixSum, m1: MatrixSum, m2: MatrixSum, m3: MatrixSum, token: u32, lid: u32) {
     if (GATED && FN > 2u) {
         store_pair(m0, m2, token, 0u, lid);
-        store_pair(m1, m3, token, 16u, lid);
+        store_pair(m1, m3, token, EDGE, lid);
     } else {
         store_pair(m0, m1, token, 0u, lid);
         if (FN > 2u) {
-            store_pair(m2, m3, token, 32u, lid);
+            store_pair(m2, m3, token, 2u * EDGE, lid);
         }
     }
 }
@@ -221,41 +220,78 @@ fn scales_of(row: u32) -> vec4<f32> {
         return vec4(row_scales[row], row_scales[row + 1u], row_scales[row + 2u],
                     row_scales[row + 3u]);
     }
-    return vec4(1.0);
+    return vec4(1.0 / GROUP_SCALE);
 }
+
+// Where a thread's rows of activations begin, and its weight rows.
+struct Places {
+    x0: u32, x1: u32, x2: u32, x3: u32,
+    w0: u32, w1: u32, w2: u32, w3: u32, w4: u32, w5: u32, w6: u32, w7: u32,
+}
+
+fn places(first: u32, last: u32, lid: u32) -> Places {
+    return Places(
+        x_start(0u, lid), x_start(1u, lid), x_start(2u, lid), x_start(3u, lid),
+        w_start(0u, first, last, lid), w_start(1u, first, last, lid),
+        w_start(2u, first, last, lid), w_start(3u, first, last, lid),
+        w_start(4u, first, last, lid), w_start(5u, first, last, lid),
+        w_start(6u, first, last, lid), w_start(7u, first, last, lid),
+    );
+}
+
+// What a thread reads for a step.
+struct Loads {
+    x0: vec4<u32>, x1: vec4<u32>, x2: vec4<u32>, x3: vec4<u32>,
+    w0: vec4<u32>, w1: vec4<u32>, w2: vec4<u32>, w3: vec4<u32>,
+    w4: vec4<u32>, w5: vec4<u32>, w6: vec4<u32>, w7: vec4<u32>,
+}
+
+fn load(at: Places, chunk: u32, lid: u32) -> Loads {
+    return Loads(
+        load_x(0u, at.x0, chunk, lid), load_x(1u, at.x1, chunk, lid),
+        load_x(2u, at.x2, chunk, lid), load_x(3u, at.x3, chunk, lid),
+        load_w(0u, at.w0, chunk, lid), load_w(1u, at.w1, chunk, lid),
+        load_w(2u, at.w2, chunk, lid), load_w(3u, at.w3, chunk, lid),
+        load_w(4u, at.w4, chunk, lid), load_w(5u, at.w5, chunk, lid),
+        load_w(6u, at.w6, chunk, lid), load_w(7u, at.w7, chunk, lid),
+    );
+}
+
+fn stage(v: Loads, at: Places, chunk: u32, lid: u32) {
+    stage_x(0u, v.x0, chunk, lid);
+    stage_x(1u, v.x1, chunk, lid);
+    stage_x(2u, v.x2, chunk, lid);
+    stage_x(3u, v.x3, chunk, lid);
+    stage_w(0u, v.w0, at.w0, chunk, lid);
+    stage_w(1u, v.w1, at.w1, chunk, lid);
+    stage_w(2u, v.w2, at.w2, chunk, lid);
+    stage_w(3u, v.w3, at.w3, chunk, lid);
+    stage_w(4u, v.w4, at.w4, chunk, lid);
+    stage_w(5u, v.w5, at.w5, chunk, lid);
+    stage_w(6u, v.w6, at.w6, chunk, lid);
+    stage_w(7u, v.w7, at.w7, chunk, lid);
+}
+
+// The chunk to load next. The last step loads in vain: with a branch, loads would not overlap with
+// products.
+fn following(chunk: u32) -> u32 {
+    return min(chunk + STEP_CHUNKS, (p.n_chunks - 1u) / STEP_CHUNKS * STEP_CHUNKS);
+}
+
+// Matrices of columns in a step, those of what rounding f32 has left included.
+const X_STEPS: u32 = 8u * STEP8 / EDGE;
+const K_STEPS: u32 = X_STEPS * (1u + 4u / CHUNK);
+fn x_place(k: u32) -> u32 { return k % X_STEPS * QUADS; }
+fn w_place(k: u32) -> u32 { return k % X_STEPS * QUADS + k / X_STEPS * REST; }
 
 // Multiplies, and passes the sums to `store`. All threads of the workgroup must call it together.
 fn tile(first: u32, last: u32, lid: u32) {
     let subgroup = lid / 32u;
     // Subgroups that share rows take every SG_M-th matrix of tokens.
-    let sg_token = subgroup % SG_M * 16u;
-    let sg_row = subgroup / SG_M * SUM_COLS;
-    let x_at = sg_token * STRIDE;
-    let w_at = W_TILE + sg_row * STRIDE;
-    let x_at0 = x_start(0u, lid);
-    let x_at1 = x_start(1u, lid);
-    let x_at2 = x_start(2u, lid);
-    let x_at3 = x_start(3u, lid);
-    let w_row0 = w_start(0u, first, last, lid);
-    let w_row1 = w_start(1u, first, last, lid);
-    let w_row2 = w_start(2u, first, last, lid);
-    let w_row3 = w_start(3u, first, last, lid);
-    let w_row4 = w_start(4u, first, last, lid);
-    let w_row5 = w_start(5u, first, last, lid);
-    let w_row6 = w_start(6u, first, last, lid);
-    let w_row7 = w_start(7u, first, last, lid);
-    var x0 = load_x(0u, x_at0, 0u, lid);
-    var x1 = load_x(1u, x_at1, 0u, lid);
-    var x2 = load_x(2u, x_at2, 0u, lid);
-    var x3 = load_x(3u, x_at3, 0u, lid);
-    var w0 = load_w(0u, w_row0, 0u, lid);
-    var w1 = load_w(1u, w_row1, 0u, lid);
-    var w2 = load_w(2u, w_row2, 0u, lid);
-    var w3 = load_w(3u, w_row3, 0u, lid);
-    var w4 = load_w(4u, w_row4, 0u, lid);
-    var w5 = load_w(5u, w_row5, 0u, lid);
-    var w6 = load_w(6u, w_row6, 0u, lid);
-    var w7 = load_w(7u, w_row7, 0u, lid);
+    let x_at = subgroup % SG_M * EDGE * STRIDE;
+    let w_at = W_TILE + subgroup / SG_M * SUM_COLS * STRIDE;
+    let at = places(first, last, lid);
+    var next = load(at, 0u, lid);
     if (scale_is_per_row()) {
         row_scales[lid] = weight_scale(weight_row(lid, first, last), 0u);
     }
@@ -263,92 +299,111 @@ fn tile(first: u32, last: u32, lid: u32) {
     var c10: MatrixSum; var c11: MatrixSum; var c12: MatrixSum; var c13: MatrixSum;
     var c20: MatrixSum; var c21: MatrixSum; var c22: MatrixSum; var c23: MatrixSum;
     var c30: MatrixSum; var c31: MatrixSum; var c32: MatrixSum; var c33: MatrixSum;
-    for (var chunk = 0u; chunk < p.n_chunks; chunk += STEP_CHUNKS) {
-        stage_x(0u, x0, chunk, lid);
-        stage_x(1u, x1, chunk, lid);
-        stage_x(2u, x2, chunk, lid);
-        stage_x(3u, x3, chunk, lid);
-        stage_w(0u, w0, w_row0, chunk, lid);
-        stage_w(1u, w1, w_row1, chunk, lid);
-        stage_w(2u, w2, w_row2, chunk, lid);
-        stage_w(3u, w3, w_row3, chunk, lid);
-        stage_w(4u, w4, w_row4, chunk, lid);
-        stage_w(5u, w5, w_row5, chunk, lid);
-        stage_w(6u, w6, w_row6, chunk, lid);
-        stage_w(7u, w7, w_row7, chunk, lid);
-        workgroupBarrier();
-        // The last step loads in vain: with a branch, loads would not overlap with products.
-        let next = min(chunk + STEP_CHUNKS, (p.n_chunks - 1u) / STEP_CHUNKS * STEP_CHUNKS);
-        x0 = load_x(0u, x_at0, next, lid);
-        x1 = load_x(1u, x_at1, next, lid);
-        x2 = load_x(2u, x_at2, next, lid);
-        x3 = load_x(3u, x_at3, next, lid);
-        w0 = load_w(0u, w_row0, next, lid);
-        w1 = load_w(1u, w_row1, next, lid);
-        w2 = load_w(2u, w_row2, next, lid);
-        w3 = load_w(3u, w_row3, next, lid);
-        w4 = load_w(4u, w_row4, next, lid);
-        w5 = load_w(5u, w_row5, next, lid);
-        w6 = load_w(6u, w_row6, next, lid);
-        w7 = load_w(7u, w_row7, next, lid);
-        for (var k = 0u; k < 2u * STEP8 * (1u + 4u / CHUNK); k += 4u) {
-            let w_to = w_at + k % (2u * STEP8) + k / (2u * STEP8) * REST;
-            let x_to = x_at + k % (2u * STEP8);
-            let b0 = coopLoad<MatrixW>(&staged[w_to], STRIDE);
-            let b1 = coopLoad<MatrixW>(&staged[w_to + 16u * STRIDE], STRIDE);
-            var b2: MatrixW;
-            var b3: MatrixW;
-            if (FN > 2u) {
-                b2 = coopLoad<MatrixW>(&staged[w_to + 32u * STRIDE], STRIDE);
-                b3 = coopLoad<MatrixW>(&staged[w_to + 48u * STRIDE], STRIDE);
-            }
-            {
-                let a = coopLoadT<MatrixX>(&staged[x_to], STRIDE);
-                c00 = coopMultiplyAdd(a, b0, c00);
-                c01 = coopMultiplyAdd(a, b1, c01);
+    if (lid == 0u) {
+        halved = u32(FM > 1u && x_source(TILE_TOKENS / 2u) == NO_ROW);
+    }
+    let whole = workgroupUniformLoad(&halved) == 0u;
+    if (whole) {
+        for (var chunk = 0u; chunk < p.n_chunks; chunk += STEP_CHUNKS) {
+            stage(next, at, chunk, lid);
+            workgroupBarrier();
+            next = load(at, following(chunk), lid);
+            for (var k = 0u; k < K_STEPS; k++) {
+                let w_to = w_at + w_place(k);
+                let x_to = x_at + x_place(k);
+                let b0 = w_matrix(w_to);
+                let b1 = w_matrix(w_to + EDGE * STRIDE);
+                var b2: MatrixW;
+                var b3: MatrixW;
                 if (FN > 2u) {
-                    c02 = coopMultiplyAdd(a, b2, c02);
-                    c03 = coopMultiplyAdd(a, b3, c03);
+                    b2 = w_matrix(w_to + 2u * EDGE * STRIDE);
+                    b3 = w_matrix(w_to + 3u * EDGE * STRIDE);
+                }
+                {
+                    let a = x_matrix(x_to, lid);
+                    c00 = coopMultiplyAdd(a, b0, c00);
+                    c01 = coopMultiplyAdd(a, b1, c01);
+                    if (FN > 2u) {
+                        c02 = coopMultiplyAdd(a, b2, c02);
+                        c03 = coopMultiplyAdd(a, b3, c03);
+                    }
+                }
+                if (FM > 1u) {
+                    let a = x_matrix(x_to + 1u * M_STEP * STRIDE, lid);
+                    c10 = coopMultiplyAdd(a, b0, c10);
+                    c11 = coopMultiplyAdd(a, b1, c11);
+                    if (FN > 2u) {
+                        c12 = coopMultiplyAdd(a, b2, c12);
+                        c13 = coopMultiplyAdd(a, b3, c13);
+                    }
+                }
+                if (FM > 2u) {
+                    let a = x_matrix(x_to + 2u * M_STEP * STRIDE, lid);
+                    c20 = coopMultiplyAdd(a, b0, c20);
+                    c21 = coopMultiplyAdd(a, b1, c21);
+                    if (FN > 2u) {
+                        c22 = coopMultiplyAdd(a, b2, c22);
+                        c23 = coopMultiplyAdd(a, b3, c23);
+                    }
+                }
+                if (FM > 3u) {
+                    let a = x_matrix(x_to + 3u * M_STEP * STRIDE, lid);
+                    c30 = coopMultiplyAdd(a, b0, c30);
+                    c31 = coopMultiplyAdd(a, b1, c31);
+                    if (FN > 2u) {
+                        c32 = coopMultiplyAdd(a, b2, c32);
+                        c33 = coopMultiplyAdd(a, b3, c33);
+                    }
                 }
             }
-            if (FM > 1u) {
-                let a = coopLoadT<MatrixX>(&staged[x_to + 1u * M_STEP * STRIDE], STRIDE);
-                c10 = coopMultiplyAdd(a, b0, c10);
-                c11 = coopMultiplyAdd(a, b1, c11);
-                if (FN > 2u) {
-                    c12 = coopMultiplyAdd(a, b2, c12);
-                    c13 = coopMultiplyAdd(a, b3, c13);
-                }
-            }
-            if (FM > 2u) {
-                let a = coopLoadT<MatrixX>(&staged[x_to + 2u * M_STEP * STRIDE], STRIDE);
-                c20 = coopMultiplyAdd(a, b0, c20);
-                c21 = coopMultiplyAdd(a, b1, c21);
-                if (FN > 2u) {
-                    c22 = coopMultiplyAdd(a, b2, c22);
-                    c23 = coopMultiplyAdd(a, b3, c23);
-                }
-            }
-            if (FM > 3u) {
-                let a = coopLoadT<MatrixX>(&staged[x_to + 3u * M_STEP * STRIDE], STRIDE);
-                c30 = coopMultiplyAdd(a, b0, c30);
-                c31 = coopMultiplyAdd(a, b1, c31);
-                if (FN > 2u) {
-                    c32 = coopMultiplyAdd(a, b2, c32);
-                    c33 = coopMultiplyAdd(a, b3, c33);
-                }
-            }
+            workgroupBarrier();
         }
-        workgroupBarrier();
+    } else {
+        for (var chunk = 0u; chunk < p.n_chunks; chunk += STEP_CHUNKS) {
+            stage(next, at, chunk, lid);
+            workgroupBarrier();
+            next = load(at, following(chunk), lid);
+            for (var k = 0u; k < K_STEPS; k++) {
+                let w_to = w_at + w_place(k);
+                let x_to = x_at + x_place(k);
+                let b0 = w_matrix(w_to);
+                let b1 = w_matrix(w_to + EDGE * STRIDE);
+                var b2: MatrixW;
+                var b3: MatrixW;
+                if (FN > 2u) {
+                    b2 = w_matrix(w_to + 2u * EDGE * STRIDE);
+                    b3 = w_matrix(w_to + 3u * EDGE * STRIDE);
+                }
+                {
+                    let a = x_matrix(x_to, lid);
+                    c00 = coopMultiplyAdd(a, b0, c00);
+                    c01 = coopMultiplyAdd(a, b1, c01);
+                    if (FN > 2u) {
+                        c02 = coopMultiplyAdd(a, b2, c02);
+                        c03 = coopMultiplyAdd(a, b3, c03);
+                    }
+                }
+                if (FM > 2u) {
+                    let a = x_matrix(x_to + 1u * M_STEP * STRIDE, lid);
+                    c10 = coopMultiplyAdd(a, b0, c10);
+                    c11 = coopMultiplyAdd(a, b1, c11);
+                    if (FN > 2u) {
+                        c12 = coopMultiplyAdd(a, b2, c12);
+                        c13 = coopMultiplyAdd(a, b3, c13);
+                    }
+                }
+            }
+            workgroupBarrier();
+        }
     }
     store_row(c00, c01, c02, c03, 0u, lid);
-    if (FM > 1u) {
+    if ((FM > 1u) & (whole | (FM > 2u))) {
         store_row(c10, c11, c12, c13, M_STEP, lid);
     }
-    if (FM > 2u) {
+    if ((FM > 2u) & whole) {
         store_row(c20, c21, c22, c23, 2u * M_STEP, lid);
     }
-    if (FM > 3u) {
+    if ((FM > 3u) & whole) {
         store_row(c30, c31, c32, c33, 3u * M_STEP, lid);
     }
 }

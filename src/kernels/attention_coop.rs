@@ -17,7 +17,7 @@ impl AttentionCoop {
     /// Whether the device and the shapes allow this kernel.
     pub fn serves(caps: &Caps, attention: &AttentionPrefill) -> bool {
         let AttentionPrefill { head_dim, k_cache, .. } = *attention;
-        Tile::coop_device(caps)
+        Tile::edge(caps) == Some(16)
             && caps.max_workgroup_bytes >= WORKGROUP_BYTES
             && k_cache.dtype == DType::F16
             && head_dim.is_multiple_of(16)

@@ -16,8 +16,6 @@ pub(super) const TILE_ROWS: usize = 128;
 pub(super) const TILE_TOKENS: usize = 32;
 /// Up to this many rows of activations [`Gemv`] is faster for a router on a large GPU.
 const ROUTER_GEMV_TOKENS: usize = 1024;
-/// Workgroup memory that the largest cooperative tile takes, bytes.
-const WORKGROUP_BYTES: u32 = 33_536;
 /// Up to this many rows of activations [`Gemv`] is faster; measured on lavapipe with 512 x 512
 /// weights, f16 and int8.
 pub const GEMV_TOKENS: usize = 16;
@@ -27,25 +25,34 @@ pub const GEMV_TOKENS: usize = 16;
 pub(super) enum Tile {
     /// f32 sums in registers: 32 or 16 activation rows.
     Simt,
-    /// Cooperative matrices of f16 with f32 sums: [`Tile::HEIGHTS`] activation rows.
+    /// Cooperative matrices of f16 with f32 sums: [`Tile::heights`] activation rows.
     Coop,
 }
 
 impl Tile {
-    /// Activation rows of cooperative tiles.
-    pub(super) const HEIGHTS: [usize; 4] = [16, 32, 64, 128];
+    /// Edge of the cooperative matrices if shaders with them, which count on subgroups of 32 and
+    /// on workgroup memory for the largest tile, run here. Where matrices are 8 x 8 subgroups are
+    /// Apple's: 32 threads, although Metal does not say so.
+    pub(super) fn edge(caps: &Caps) -> Option<u32> {
+        let edge = caps.coop_matrix.filter(|_| caps.f16)?;
+        let (runs, bytes) = match edge {
+            16 => (caps.subgroups == Some((32, 32)), 33_540),
+            _ => (caps.subgroups.is_some(), 24_196),
+        };
+        (runs && caps.max_workgroup_bytes >= bytes).then_some(edge)
+    }
 
-    /// Whether shaders with cooperative matrices, which count on subgroups of 32, run here.
-    pub(super) fn coop_device(caps: &Caps) -> bool {
-        caps.coop_matrix == Some(16)
-            && caps.subgroups == Some((32, 32))
-            && caps.f16
-            && caps.max_workgroup_bytes >= WORKGROUP_BYTES
+    /// Activation rows of cooperative tiles.
+    pub(super) fn heights(caps: &Caps) -> &'static [usize] {
+        match Self::edge(caps) {
+            Some(16) => &[16, 32, 64, 128],
+            _ => &[16, 32],
+        }
     }
 
     /// The best that the device and the activations allow.
     pub(super) fn of(caps: &Caps, activations: DType) -> Self {
-        match Self::coop_device(caps) && activations == DType::F16 {
+        match Self::edge(caps).is_some() && activations == DType::F16 {
             true => Self::Coop,
             false => Self::Simt,
         }
@@ -61,7 +68,8 @@ impl Tile {
                     64 => "64",
                     _ => "128",
                 };
-                shader.slot("tile", "coop").slot("coop", coop)
+                let edge = if Self::edge(caps) == Some(16) { "16" } else { "8" };
+                shader.slot("tile", "coop").slot("coop", coop).slot("edge", edge)
             }
             Self::Simt => {
                 // On CPUs that play GPU a load from workgroup memory costs more than a shuffle.
@@ -144,11 +152,14 @@ fn gemv_tokens(caps: &Caps, weights: &Matrix, activations: DType) -> usize {
 }
 
 /// Activation rows of a cooperative tile: as many as leave enough tiles to fill a large GPU.
-fn coop_tokens(n_tokens: usize, n_rows: usize) -> usize {
-    let enough = |tokens: &usize| {
-        n_tokens >= *tokens && n_tokens.div_ceil(*tokens) * n_rows.div_ceil(TILE_ROWS) >= 128
+fn coop_tokens(caps: &Caps, n_tokens: usize, n_rows: usize) -> usize {
+    // Tiles of 64 are the slowest for what they do.
+    let enough = |tokens: &&usize| {
+        let n_tiles = n_tokens.div_ceil(**tokens) * n_rows.div_ceil(TILE_ROWS);
+        n_tokens >= **tokens && n_tiles >= if **tokens == 64 { 192 } else { 128 }
     };
-    [128, 64, 32].into_iter().find(enough).unwrap_or(if n_tokens > 16 { 32 } else { 16 })
+    let few = if n_tokens > 16 { 32 } else { 16 };
+    *Tile::heights(caps)[1..].iter().rev().find(enough).unwrap_or(&few)
 }
 
 params! {
@@ -181,7 +192,7 @@ impl Kernel for Gemm {
             Tile::Simt if n_tokens <= TILE_TOKENS / 2 => (TILE_TOKENS / 2, TILE_TOKENS),
             Tile::Simt => (TILE_TOKENS, TILE_TOKENS),
             Tile::Coop => {
-                let tokens = coop_tokens(n_tokens, self.weights.rows);
+                let tokens = coop_tokens(caps, n_tokens, self.weights.rows);
                 (tokens, tokens)
             }
         };
@@ -249,7 +260,7 @@ mod tests {
     use crate::device::Allocate as _;
     use crate::{
         device::DType::{F16, F32, U8},
-        kernels::testing::{FORMATS, check, check_matrix, gpu},
+        kernels::testing::{FORMATS, check, check_edge, gpu},
         weights::WeightFormat,
     };
 
@@ -293,8 +304,8 @@ mod tests {
 
     #[test]
     fn gated_products() {
-        for format in &FORMATS {
-            check_matrix(1e-6, |bench, rec| {
+        for (edge, format) in FORMATS.iter().flat_map(|format| [(16, format), (8, format)]) {
+            check_edge(edge, 1e-6, |bench, rec| {
                 for (n_tokens, rows, cols) in [(17, 320, 96), (300, 64, 160), (40, 8192, 32)] {
                     let weights = bench.matrix(*format, 1, rows, cols);
                     let x = bench.activations(n_tokens, cols, F16);

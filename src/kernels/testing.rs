@@ -161,7 +161,34 @@ pub(crate) fn check(tolerance: f64, build: impl Fn(&mut Bench, &mut Recording)) 
 
 /// The same for what only cooperative matrices of 16 x 16 can; twins run it everywhere.
 pub(crate) fn check_matrix(tolerance: f64, build: impl Fn(&mut Bench, &mut Recording)) {
-    check_where(|caps| caps.coop_matrix == Some(16), tolerance, build);
+    check_edge(16, tolerance, build);
+}
+
+/// The same for cooperative matrices of `edge` x `edge`.
+pub(crate) fn check_edge(edge: u32, tolerance: f64, build: impl Fn(&mut Bench, &mut Recording)) {
+    check_where(|caps| caps.coop_matrix == Some(edge), tolerance, build);
+}
+
+/// The same on adapters without cooperative matrices: threads play their parts of them.
+pub(crate) fn check_played(edge: u32, tolerance: f64, build: impl Fn(&mut Bench, &mut Recording)) {
+    let imagined = imagined_caps();
+    let caps = imagined.iter().find(|caps| caps.coop_matrix == Some(edge)).unwrap();
+    let run = |device: Device| {
+        let mut bench = Bench::new(device);
+        let mut rec = Recording::new(caps);
+        build(&mut bench, &mut rec);
+        for (name, file) in rec.dispatches.iter_mut().flat_map(|d| &mut d.shader.slots) {
+            if *name == "edge" {
+                *file = if edge == 16 { "played_16" } else { "played_8" };
+            }
+        }
+        let plan = bench.device.prepare(rec.clone()).unwrap();
+        bench.device.run(&plan).unwrap();
+        let tensors = bench.tensors.clone();
+        (rec, tensors.iter().map(|t| bench.device.read_now(t).unwrap()).collect::<Vec<_>>())
+    };
+    let (rec, expected) = run(Device::cpu());
+    compare_all(&rec, &run(gpu()).1, &expected, tolerance, "played");
 }
 
 fn check_where(
@@ -180,37 +207,20 @@ fn check_where(
         (rec, bench.contents())
     };
     let (rec, expected) = run(Device::cpu());
-    // Type of each buffer as some kernel writes it; unwritten buffers are compared as bytes.
-    let dtype = |i: usize| {
-        let written = rec
-            .dispatches
-            .iter()
-            .flat_map(|d| &d.bindings)
-            .find(|b| b.tensor.buffer.0 as usize == i && b.access == Access::Write);
-        written.map_or(DType::U8, |b| b.tensor.dtype)
-    };
-    let compare_all = |actual: &[Vec<u8>], who: &str| {
-        for (i, (actual, expected)) in actual.iter().zip(&expected).enumerate() {
-            let content = MARGIN..expected.len() - MARGIN;
-            let what = format!("{who}, tensor {i}\n{rec}");
-            assert_eq!(actual[..MARGIN], expected[..MARGIN], "before {what}");
-            assert_eq!(actual[content.end..], expected[content.end..], "after {what}");
-            compare(&actual[content.clone()], &expected[content], dtype(i), tolerance, &what);
-        }
-    };
     let kernels = |rec: &Recording| rec.dispatches.iter().map(|d| d.shader.stem).collect();
     let mut compared: Vec<Vec<&str>> = vec![kernels(&rec)];
     for caps in &imagined {
         let mut bench = Bench::new(Device::cpu());
-        let mut rec = Recording::new(caps);
-        build(&mut bench, &mut rec);
-        rec.dispatches.iter().for_each(|d| check_shader(d, caps));
+        let mut other = Recording::new(caps);
+        build(&mut bench, &mut other);
+        other.dispatches.iter().for_each(|d| check_shader(d, caps));
         // Where other kernels do the same, so must their twins.
-        if !compared.contains(&kernels(&rec)) {
-            compared.push(kernels(&rec));
-            let plan = bench.device.prepare(rec).unwrap();
+        if !compared.contains(&kernels(&other)) {
+            compared.push(kernels(&other));
+            let plan = bench.device.prepare(other).unwrap();
             bench.device.run(&plan).unwrap();
-            compare_all(&bench.contents(), "twins of other kernels");
+            let actual = bench.contents();
+            compare_all(&rec, &actual, &expected, tolerance, "twins of other kernels");
         }
     }
     let caps = gpu().caps();
@@ -224,7 +234,34 @@ fn check_where(
         device.shrink(tier);
         device.set_software(software);
         let (_, actual) = run(device);
-        compare_all(&actual, &format!("{tier} tier, software {software}"));
+        let what = format!("{tier} tier, software {software}");
+        compare_all(&rec, &actual, &expected, tolerance, &what);
+    }
+}
+
+/// Compares tensors and their margins after a recording.
+fn compare_all(
+    rec: &Recording,
+    actual: &[Vec<u8>],
+    expected: &[Vec<u8>],
+    tolerance: f64,
+    what: &str,
+) {
+    // Type of each buffer as some kernel writes it; unwritten buffers are compared as bytes.
+    let dtype = |i: usize| {
+        let written = rec
+            .dispatches
+            .iter()
+            .flat_map(|d| &d.bindings)
+            .find(|b| b.tensor.buffer.0 as usize == i && b.access == Access::Write);
+        written.map_or(DType::U8, |b| b.tensor.dtype)
+    };
+    for (i, (actual, expected)) in actual.iter().zip(expected).enumerate() {
+        let content = MARGIN..expected.len() - MARGIN;
+        let what = format!("{what}, tensor {i}\n{rec}");
+        assert_eq!(actual[..MARGIN], expected[..MARGIN], "before {what}");
+        assert_eq!(actual[content.end..], expected[content.end..], "after {what}");
+        compare(&actual[content.clone()], &expected[content], dtype(i), tolerance, &what);
     }
 }
 
