@@ -6,7 +6,7 @@ use crate::device::{Caps, DType, Io, Kernel, Launch, Recording, Shader};
 use super::{AttentionPrefill, attention_decode::AttentionParams, float_slot, gemm::Tile};
 
 /// Workgroup memory that the shader takes, bytes.
-const WORKGROUP_BYTES: u32 = 44_036;
+const WORKGROUP_BYTES: u32 = 26_628;
 
 /// [`AttentionPrefill`] in cooperative matrices: queries and the softmax's powers in f16, sums in
 /// f32. Only where [`AttentionCoop::serves`].
@@ -39,7 +39,7 @@ impl Kernel for AttentionCoop {
     type Params = AttentionParams;
 
     fn launch(&self, caps: &Caps) -> Launch<AttentionParams> {
-        let AttentionPrefill { n_heads, n_kv_heads, head_dim, out, .. } = self.0;
+        let AttentionPrefill { n_heads, n_kv_heads, head_dim, block_size, out, .. } = self.0;
         // Heads of a workgroup share a key head.
         let heads = if (n_heads / n_kv_heads).is_multiple_of(2) { 2 } else { 1 };
         let launch = self.0.launch(caps);
@@ -48,7 +48,8 @@ impl Kernel for AttentionCoop {
             shader: Shader::new(Self::NAME)
                 .slot("out", float_slot(out.dtype, caps))
                 .set("HEAD4", head_dim as u32 / 4)
-                .set("HEADS", heads),
+                .set("HEADS", heads)
+                .set("BLOCK_SIZE", block_size as u32),
             grid: [n_heads as u32 / heads, y, z],
             ..launch
         }
