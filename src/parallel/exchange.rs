@@ -3,7 +3,6 @@
 //! Knows devices and ranks; what a rank computes with is behind [`Worker`].
 
 use std::{
-    borrow::Cow,
     collections::{HashMap, VecDeque},
     fmt,
     ops::Add,
@@ -213,7 +212,9 @@ pub struct Sharded {
     stats: ExchangeStats,
     /// Layers whose sums are to be received, in order.
     sent: VecDeque<Vec<Visit>>,
-    /// Of several ranks, reused. `[n, padded hidden]`
+    /// Rows of one rank, and sums of several; kept, for large memory made anew costs more than the
+    /// copy. `[n, padded hidden]` both
+    rows: Vec<u8>,
     sums: Vec<f32>,
 }
 
@@ -233,7 +234,7 @@ impl Sharded {
     /// Workers of ranks 1, 2, ..., and who owns which experts by layer that has some.
     pub fn new(workers: Vec<Box<dyn Worker>>, owners: Vec<Owners>) -> Self {
         let (owners, stats) = (Arc::new(owners), ExchangeStats::default());
-        Self { workers, owners, stats, sent: VecDeque::new(), sums: Vec::new() }
+        Self { workers, owners, stats, sent: VecDeque::new(), rows: Vec::new(), sums: Vec::new() }
     }
 
     /// What each rank gets of a layer; ranks that own no chosen expert are left out.
@@ -272,8 +273,8 @@ impl Sharded {
                 let worker = &mut self.workers[visit.rank - 1];
                 if worker.blocks() == last {
                     let Visit { ids, weights, .. } = visit;
-                    let x = visit.rows(x, at.x.rows());
-                    let rows = Rows { x: &x, ids, weights, n: visit.tokens.len() };
+                    let x = visit.rows(x, at.x.rows(), &mut self.rows);
+                    let rows = Rows { x, ids, weights, n: visit.tokens.len() };
                     worker
                         .submit(at.layer, &rows)
                         .map_err(|e| ParallelError::worker(visit.rank, e))?;
@@ -326,15 +327,17 @@ impl Sharded {
 }
 
 impl Visit {
-    /// Its rows of all `n`.
-    fn rows<'a>(&self, x: &'a [u8], n: usize) -> Cow<'a, [u8]> {
+    /// Its rows of all `n`, gathered in `rows` if they are not all of them.
+    fn rows<'a>(&self, x: &'a [u8], n: usize, rows: &'a mut Vec<u8>) -> &'a [u8] {
         if self.tokens.len() == n {
-            return Cow::Borrowed(x);
+            return x;
         }
         let row_bytes = x.len() / n;
-        let rows: Vec<&[u8]> =
-            self.tokens.iter().map(|&token| &x[token * row_bytes..][..row_bytes]).collect();
-        Cow::Owned(rows.concat())
+        rows.clear();
+        for &token in &self.tokens {
+            rows.extend_from_slice(&x[token * row_bytes..][..row_bytes]);
+        }
+        rows
     }
 }
 
