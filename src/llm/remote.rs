@@ -13,7 +13,7 @@ use crate::{
     weights::{Checkpoint, Directory, DummySource, Source, WeightFormat},
 };
 
-use super::{LlmOptions, LoadFormat, files};
+use super::{LlmOptions, LoadFormat, files, measure::cache_of};
 
 /// The same number for the same model, so that ranks with another one are found out.
 fn fingerprint(spec: &ModelSpec) -> u64 {
@@ -88,7 +88,7 @@ pub fn serve_experts(options: &LlmOptions) -> Result<()> {
         };
         let precision = Precision::of(weights.parse::<WeightFormat>()?);
         let share = Some(Share { owners, rank, redundant });
-        let layout = ExpertLayout { share, slots };
+        let layout = ExpertLayout { share, slots: cache_of(&device, slots) };
         let shard = ExpertShard::load(device, &spec, &*source, precision, &limits, &layout)?;
         Ok(shard.with_block_align(options.moe_block_align))
     })

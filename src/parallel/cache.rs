@@ -58,7 +58,7 @@ pub struct CacheSlots {
 }
 
 /// What caches of experts have done since the start.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct CacheStats {
     /// Slots of all layers.
     pub slots: u64,

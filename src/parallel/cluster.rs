@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 use crate::Result;
 
-use super::{CacheSlots, Owners, ParallelError, Rows, Worker};
+use super::{CacheSlots, CacheStats, Owners, ParallelError, Rows, Worker};
 
 /// Tag of messages from rank 0.
 const ASK: i32 = 1;
@@ -247,6 +247,8 @@ pub struct Remote {
     timeout: Duration,
     /// Answers on their way, in order.
     pending: VecDeque<mpsc::Receiver<Vec<u8>>>,
+    /// As of the last answer.
+    cache: Option<CacheStats>,
 }
 
 impl Remote {
@@ -255,7 +257,7 @@ impl Remote {
     pub fn assign(cluster: &'static Cluster, assignment: &Assignment, timeout: Duration) -> Self {
         let rank = assignment.rank;
         let pending = [cluster.ask(rank, message(&assignment.to_json(), &[]))].into();
-        Self { cluster, rank, timeout, pending }
+        Self { cluster, rank, timeout, pending, cache: None }
     }
 
     /// Waits until the rank has loaded its experts.
@@ -296,9 +298,15 @@ impl Worker for Remote {
     }
 
     fn finish(&mut self, take: &mut dyn FnMut(&[f32])) -> Result<()> {
-        let sums: Vec<f32> = bytemuck::pod_collect_to_vec(&self.answer(self.timeout)?);
-        take(&sums);
+        let answer = self.answer(self.timeout)?;
+        let (header, sums) = parse(&answer).ok_or_else(|| failed("sums were cut off"))?;
+        self.cache = serde_json::from_value(header).unwrap_or_default();
+        take(&bytemuck::pod_collect_to_vec::<u8, f32>(sums));
         Ok(())
+    }
+
+    fn cache_stats(&self) -> Option<CacheStats> {
+        self.cache
     }
 
     fn read_expert(&mut self, layer: usize, place: usize) -> Result<Vec<u8>> {
@@ -412,7 +420,7 @@ fn act(worker: &mut dyn Worker, header: &Value, rest: &[u8]) -> Result<Vec<u8>> 
             worker.submit(layer, &Rows { x, ids: &ids, weights: &weights, n: number("n") })?;
             let mut bytes = Vec::new();
             worker.finish(&mut |sums| bytes.extend(bytemuck::cast_slice::<f32, u8>(sums)))?;
-            Ok(bytes)
+            Ok(message(&json!(worker.cache_stats()), &[&bytes]))
         }
         Some("read") => worker.read_expert(layer, number("place")),
         Some("write") => worker.write_expert(layer, number("place"), rest).map(|()| Vec::new()),
