@@ -6,7 +6,7 @@ use std::path::Path;
 use moewe::{
     device::DeviceChoice,
     engine::{Batch, BatchSequence, LogitRows, SamplingParams},
-    llm::{ExpertPlacement, Llm, LlmOptions, PlannedLlm},
+    llm::{DUAL_BATCH_TOKENS, ExpertPlacement, Llm, LlmOptions, PlannedLlm},
     parallel::{CacheOptions, CachePolicy, EplbOptions, ExchangeStats},
     server::{App, ServerConfig},
     weights::WeightFormat,
@@ -25,7 +25,7 @@ const MOST_SEQUENCES: usize = 24;
 
 /// A model whose experts are on these devices.
 fn spread(dir: &Path, devices: &[DeviceChoice], placement: ExpertPlacement) -> Llm {
-    split(dir, devices, placement, None)
+    split(dir, devices, placement, DUAL_BATCH_TOKENS)
 }
 
 /// The same, whose steps of so many tokens and more are split in two.
@@ -33,7 +33,7 @@ fn split(
     dir: &Path,
     devices: &[DeviceChoice],
     placement: ExpertPlacement,
-    dual_batch_tokens: Option<usize>,
+    dual_batch_tokens: usize,
 ) -> Llm {
     let options = LlmOptions {
         dual_batch_tokens,
@@ -152,8 +152,8 @@ fn a_step_in_two_parts_is_the_same_step() {
     ] {
         let dir = golden(name);
         let mut alone = spread(&dir, &devices[..1], ExpertPlacement::Linear);
-        let [mut whole, mut halves] =
-            [None, Some(8)].map(|tokens| split(&dir, &devices, ExpertPlacement::Linear, tokens));
+        let [mut whole, mut halves] = [DUAL_BATCH_TOKENS, 8]
+            .map(|tokens| split(&dir, &devices, ExpertPlacement::Linear, tokens));
         let rounds = [&mut whole, &mut halves].map(|llm| {
             let off = worst(&logits(llm, 90), &logits(&mut alone, 90));
             assert!(off < 1e-4, "{name}: logits are {off} off");

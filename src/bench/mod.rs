@@ -49,10 +49,7 @@ pub fn dummy_runner(
     limits: Limits,
     n_blocks: usize,
 ) -> Result<Runner> {
-    let mut device = pollster::block_on(Device::open(&options.device))?;
-    if let Some(tier) = options.tier {
-        device.shrink(tier);
-    }
+    let mut device = pollster::block_on(options.open(&options.device))?;
     let (precision, block_size) = (options.precision(), options.block_size);
     let caps = device.caps();
     let block_bytes = KvCache::block_bytes(&spec, block_size, precision.activations);
@@ -85,10 +82,13 @@ fn median_seconds(device: &mut Device, plan: &Plan) -> Result<f64> {
         last = sample(device, 4)?;
     }
     let times = (SAMPLE / last) as usize;
-    let mut seconds =
-        (0..7).map(|_| sample(device, times.clamp(1, 256))).collect::<Result<Vec<_>>>()?;
+    Ok(median((0..7).map(|_| sample(device, times.clamp(1, 256))).collect::<Result<_>>()?))
+}
+
+/// The middle one; of an even number, the greater of the two.
+fn median(mut seconds: Vec<f64>) -> f64 {
     seconds.sort_by(f64::total_cmp);
-    Ok(seconds[seconds.len() / 2])
+    seconds[seconds.len() / 2]
 }
 
 /// Parses a built-in configuration.

@@ -4,11 +4,11 @@ use std::time::Instant;
 
 use crate::{
     Result,
-    device::{Allocate, DType, Device, Recording, Tensor},
+    device::{Allocate, DType, Device, Memory, Recording},
     kernels::Copy,
 };
 
-use super::{WARM_UP, median_seconds};
+use super::{WARM_UP, median, median_seconds};
 
 /// A way for bytes, and how long it takes.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
@@ -22,14 +22,14 @@ pub struct TransferRow {
     pub seconds: f64,
 }
 
-/// Times every way for each number of bytes, a multiple of 16.
+/// Times every way for so many bytes, a multiple of 16.
 ///
 /// # Errors
 /// [`crate::device::DeviceError`] if the device fails, or has no such way.
 pub fn transfers(device: &mut Device, bytes: u64) -> Result<Vec<TransferRow>> {
     let n = bytes as usize;
     let here = device.alloc("transfers", &[n], DType::U8)?;
-    let host = device.alloc_on_host("transfers", &[n], DType::U8)?;
+    let host = device.alloc_in(Memory::Host, "transfers", &[n], DType::U8)?;
     let values = vec![1u8; n];
     let mut rows = Vec::new();
     let mut add = |way, seconds| rows.push(TransferRow { way, bytes, seconds });
@@ -47,21 +47,24 @@ pub fn transfers(device: &mut Device, bytes: u64) -> Result<Vec<TransferRow>> {
         device.probe()?;
         Ok(device.wait()?)
     };
-    add("write, wait", median(device, written)?);
-    add("read back", median(device, |device| Ok(device.read_now::<u8>(&here).map(drop)?))?);
-    add("write, read back", median(device, |device| trip(device, &here, &values))?);
+    add("write, wait", median_call(device, written)?);
+    let read = |device: &mut Device| Ok(device.read_now::<u8>(&here).map(drop)?);
+    add("read back", median_call(device, read)?);
+    let trip = |device: &mut Device| {
+        device.write(&here, &values);
+        read(device)
+    };
+    add("write, read back", median_call(device, trip)?);
     device.free(here);
     device.free(host);
     Ok(rows)
 }
 
-fn trip(device: &mut Device, tensor: &Tensor, values: &[u8]) -> Result<()> {
-    device.write(tensor, values);
-    Ok(device.read_now::<u8>(tensor).map(drop)?)
-}
-
 /// Median seconds of a call, after a warm-up.
-fn median(device: &mut Device, mut call: impl FnMut(&mut Device) -> Result<()>) -> Result<f64> {
+fn median_call(
+    device: &mut Device,
+    mut call: impl FnMut(&mut Device) -> Result<()>,
+) -> Result<f64> {
     let start = Instant::now();
     while start.elapsed() < WARM_UP / 2 {
         call(device)?;
@@ -71,7 +74,5 @@ fn median(device: &mut Device, mut call: impl FnMut(&mut Device) -> Result<()>) 
         call(device)?;
         Ok(start.elapsed().as_secs_f64())
     };
-    let mut seconds = (0..15).map(|_| time()).collect::<Result<Vec<f64>>>()?;
-    seconds.sort_by(f64::total_cmp);
-    Ok(seconds[seconds.len() / 2])
+    Ok(median((0..15).map(|_| time()).collect::<Result<_>>()?))
 }

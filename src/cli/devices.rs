@@ -118,11 +118,12 @@ impl DeviceArgs {
         })
     }
 
-    /// The cache of experts, if there is one.
+    /// Tokens from which steps are split in two.
     pub(crate) fn dual_batch_tokens(&self) -> usize {
         self.dbo_token_threshold
     }
 
+    /// The cache of experts, if there is one.
     pub(crate) fn cache(&self) -> Option<CacheOptions> {
         let policy = self.expert_cache_policy;
         self.expert_cache_memory.map(|bytes| CacheOptions { bytes, policy })

@@ -171,7 +171,7 @@ impl ModelArgs {
             expert_placement: self.devices.placement()?,
             mpi: self.devices.mpi(),
             eplb: self.devices.eplb(),
-            dual_batch_tokens: Some(self.devices.dual_batch_tokens()),
+            dual_batch_tokens: self.devices.dual_batch_tokens(),
             expert_cache: self.devices.cache(),
             tier: self.tier.map(|tier| match tier {
                 TierArg::Portable => Tier::Portable,

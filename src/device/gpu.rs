@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 #[cfg(not(target_arch = "wasm32"))]
 use super::upload::Uploads;
 use super::{
-    BufferId, Caps, DeviceError, Dispatch, Shader, Tier, adapter,
+    BufferId, Caps, DeviceError, Dispatch, Memory, Shader, Tier, adapter,
     failure::{Failure, Faults},
     pipelines::{Pipeline, Pipelines},
     plan::StagingPool,
@@ -211,23 +211,27 @@ impl Gpu {
         self.check()
     }
 
-    pub(super) fn alloc(&mut self, what: &str, bytes: u64) -> Result<BufferId, DeviceError> {
-        let id = self.create(what, bytes, wgpu::BufferUsages::empty())?;
-        self.bytes += bytes;
-        self.peak_bytes = self.peak_bytes.max(self.bytes);
-        Ok(id)
-    }
-
-    fn create(
+    /// A buffer that kernels can bind.
+    pub(super) fn alloc(
         &mut self,
+        memory: Memory,
         what: &str,
         bytes: u64,
-        usage: wgpu::BufferUsages,
     ) -> Result<BufferId, DeviceError> {
+        // What the host only writes, wgpu's allocator puts into the card's own memory where the
+        // host reaches all of that; what the host can read stays with the host.
+        let map = match memory {
+            Memory::Device => wgpu::BufferUsages::empty(),
+            Memory::Host => wgpu::BufferUsages::MAP_READ,
+        };
+        let features = self.device.features();
+        if memory == Memory::Host && !features.contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS) {
+            return Err(DeviceError::HostMemory { adapter: self.info.name.clone() });
+        }
         let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some(what),
             size: bytes,
-            usage: usage
+            usage: map
                 | wgpu::BufferUsages::STORAGE
                 | wgpu::BufferUsages::COPY_DST
                 | wgpu::BufferUsages::COPY_SRC,
@@ -237,6 +241,10 @@ impl Gpu {
             DeviceError::OutOfMemory { .. } => DeviceError::OutOfMemory { bytes },
             other => other,
         })?;
+        if memory == Memory::Device {
+            self.bytes += bytes;
+            self.peak_bytes = self.peak_bytes.max(self.bytes);
+        }
         Ok(self.hold(buffer))
     }
 
@@ -247,21 +255,6 @@ impl Gpu {
         }
         self.buffers[id] = Some(buffer);
         BufferId(id as u32)
-    }
-
-    /// A buffer of the host's memory that kernels can bind.
-    pub(super) fn alloc_on_host(
-        &mut self,
-        what: &str,
-        bytes: u64,
-    ) -> Result<BufferId, DeviceError> {
-        let able = self.device.features().contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
-        if !able {
-            return Err(DeviceError::HostMemory { adapter: self.info.name.clone() });
-        }
-        // What the host only writes, wgpu's allocator puts into the card's own memory where the
-        // host reaches all of that; what the host can read stays with the host.
-        self.create(what, bytes, wgpu::BufferUsages::MAP_READ)
     }
 
     pub(super) fn free(&mut self, id: BufferId) {

@@ -142,25 +142,38 @@ pub enum Device {
     Cpu(Cpu),
 }
 
+/// Whose memory a tensor is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// The device's own.
+    Device,
+    /// The host's, where the device's kernels reach it over the bus. It does not count as the
+    /// device's.
+    Host,
+}
+
 /// Where tensors come from: a device, or a [`Tally`] that only adds them up.
 pub trait Allocate {
     /// Zeroed memory for a tensor; `what` names it in errors.
     ///
     /// # Errors
-    /// [`DeviceError::TooLarge`], [`DeviceError::OutOfMemory`].
-    fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor, DeviceError>;
-
-    /// The same in the host's memory, where the device's kernels reach it over the bus. It does not
-    /// count as the device's.
-    ///
-    /// # Errors
-    /// Those of [`Allocate::alloc`], and [`DeviceError::HostMemory`].
-    fn alloc_on_host(
+    /// [`DeviceError::TooLarge`], [`DeviceError::OutOfMemory`], and for the host's memory
+    /// [`DeviceError::HostMemory`].
+    fn alloc_in(
         &mut self,
+        memory: Memory,
         what: &str,
         shape: &[usize],
         dtype: DType,
     ) -> Result<Tensor, DeviceError>;
+
+    /// The same in the device's own memory.
+    ///
+    /// # Errors
+    /// Those of [`Allocate::alloc_in`].
+    fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor, DeviceError> {
+        self.alloc_in(Memory::Device, what, shape, dtype)
+    }
 }
 
 /// Counts what a device would have to hold.
@@ -182,42 +195,34 @@ impl Tally {
 }
 
 impl Allocate for Tally {
-    fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor, DeviceError> {
-        self.bytes = self.bytes.saturating_add(self.caps.check_size(what, shape, dtype)?);
-        Ok(Tensor::new(BufferId(u32::MAX), shape, dtype))
-    }
-
-    fn alloc_on_host(
+    fn alloc_in(
         &mut self,
+        memory: Memory,
         what: &str,
         shape: &[usize],
         dtype: DType,
     ) -> Result<Tensor, DeviceError> {
         let bytes = self.caps.check_size(what, shape, dtype)?;
-        self.host_bytes = self.host_bytes.saturating_add(bytes);
+        let sum = match memory {
+            Memory::Device => &mut self.bytes,
+            Memory::Host => &mut self.host_bytes,
+        };
+        *sum = sum.saturating_add(bytes);
         Ok(Tensor::new(BufferId(u32::MAX), shape, dtype))
     }
 }
 
 impl Allocate for Device {
-    fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor, DeviceError> {
-        let bytes = self.caps().check_size(what, shape, dtype)?;
-        let id = match self {
-            Device::Gpu(gpu) => gpu.alloc(what, bytes)?,
-            Device::Cpu(cpu) => cpu.alloc(bytes)?,
-        };
-        Ok(Tensor::new(id, shape, dtype))
-    }
-
-    fn alloc_on_host(
+    fn alloc_in(
         &mut self,
+        memory: Memory,
         what: &str,
         shape: &[usize],
         dtype: DType,
     ) -> Result<Tensor, DeviceError> {
         let bytes = self.caps().check_size(what, shape, dtype)?;
         let id = match self {
-            Device::Gpu(gpu) => gpu.alloc_on_host(what, bytes)?,
+            Device::Gpu(gpu) => gpu.alloc(memory, what, bytes)?,
             Device::Cpu(cpu) => cpu.alloc(bytes)?,
         };
         Ok(Tensor::new(id, shape, dtype))

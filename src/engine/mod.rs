@@ -56,6 +56,8 @@ pub struct Engine {
     cache: CacheTally,
     balancer: Option<Rebalancer>,
     kv_block_bytes: u64,
+    /// Of the banks: allocated and used.
+    expert_bytes: (u64, u64),
 }
 
 /// A submitted step, and whose its rows of logits are.
@@ -102,6 +104,7 @@ impl Engine {
             cache: CacheTally::new(runner.model().expert_caches().map(|(_, size)| size)),
             balancer: None,
             kv_block_bytes: KvCache::block_bytes(spec, kv.block_size, precision.activations),
+            expert_bytes: runner.model().expert_bytes(),
             runner,
         }
     }
@@ -134,6 +137,7 @@ impl Engine {
     pub fn take_experts(&mut self, new: &NewExperts) -> Result<()> {
         self.runner.take_experts(new)?;
         Arc::make_mut(&mut self.experts).n_present = new.n_after;
+        self.expert_bytes = self.runner.model().expert_bytes();
         self.scheduler.forget_prefixes();
         Ok(())
     }
@@ -213,7 +217,6 @@ impl Engine {
     /// What the engine has counted about itself.
     pub fn stats(&self) -> EngineStats {
         let (scheduler, counters) = (&self.scheduler, &self.counters);
-        let (expert_bytes, expert_bytes_used) = self.runner.model().expert_bytes();
         let elsewhere = self.runner.exchange().and_then(Exchange::cache_stats);
         EngineStats {
             running: scheduler.running.len(),
@@ -223,8 +226,8 @@ impl Engine {
             block_size: scheduler.pool.block_size,
             kv_positions_empty: scheduler.positions_empty(),
             kv_block_bytes: self.kv_block_bytes,
-            expert_bytes,
-            expert_bytes_used,
+            expert_bytes: self.expert_bytes.0,
+            expert_bytes_used: self.expert_bytes.1,
             device_bytes: self.runner.device_bytes(),
             prefix_queries: scheduler.prefix_queries,
             prefix_hits: scheduler.prefix_hits,
@@ -299,6 +302,7 @@ impl Engine {
         if let Some((layer, new)) = balancer.next_move() {
             let (n, bytes) = self.runner.rearrange(layer, balancer.owners(layer), &new)?;
             balancer.moved(layer, new, n, bytes);
+            self.expert_bytes = self.runner.model().expert_bytes();
         }
         Ok(())
     }
@@ -342,13 +346,12 @@ impl Engine {
     }
 
     fn count_experts(&mut self, results: &StepResults) {
-        let model = self.runner.model();
-        let n_caches = model.expert_caches().count();
-        let of_caches = n_caches * CacheExperts::COUNTERS;
         let counts = &results.expert_counts;
         if counts.is_empty() {
             return;
         }
+        let model = self.runner.model();
+        let of_caches = model.expert_caches().count() * CacheExperts::COUNTERS;
         let (counts, caches) = counts.split_at(counts.len() - of_caches);
         Arc::make_mut(&mut self.experts).add(&model.spec, &self.last_counts, counts);
         self.last_counts = counts.to_vec();

@@ -231,9 +231,10 @@ impl Runner {
     }
 
     fn run_layout(&mut self, batch: &Batch<'_>, sample: bool) -> Result<Layout> {
-        let alignment = self.device.caps().offset_alignment as usize;
-        let splits =
-            self.exchange.is_some().then_some(Splits { least: self.least_split, alignment });
+        let splits = self.exchange.is_some().then(|| Splits {
+            least: self.least_split,
+            alignment: self.device.caps().offset_alignment as usize,
+        });
         let (shape, layout) = Layout::new(batch, &self.limits, self.kv.block_size, sample, splits);
         self.write(batch, &layout);
         if !self.plans.contains_key(&shape) {

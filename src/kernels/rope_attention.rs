@@ -146,13 +146,8 @@ impl Kernel for RopeAttention {
             grid_y: p.grid_y,
             scale: p.scale,
         };
-        let norm = match io.shader.override_value("QK_NORM") {
-            Some(1) => QkNorm::PerHead,
-            _ => QkNorm::None,
-        };
         let mut q = vec![0.0; n * q_stride4 as usize * 4];
-        let caches = [4, 5];
-        rope.turn(io, norm, &tokens, caches, |at, row| q[at..][..row.len()].copy_from_slice(row));
+        rope.turn(io, &tokens, [4, 5], |at, row| q[at..][..row.len()].copy_from_slice(row));
         attention.attend_tokens(io, &tokens, [4, 5, 6], &q, &places[p.tables as usize..]);
     }
 }

@@ -122,12 +122,7 @@ impl Kernel for RopeKvWrite {
     }
 
     fn twin(p: &RopeKvWriteParams, io: &Io<'_>) {
-        let norm = match io.shader.override_value("QK_NORM") {
-            Some(1) => QkNorm::PerHead,
-            Some(2) => QkNorm::Full,
-            _ => QkNorm::None,
-        };
-        p.turn(io, norm, &io.read(3), [5, 6], |at, q| io.store(4, at, q));
+        p.turn(io, &io.read(3), [5, 6], |at, q| io.store(4, at, q));
     }
 }
 
@@ -137,14 +132,14 @@ impl RopeKvWriteParams {
     pub(super) fn turn(
         &self,
         io: &Io<'_>,
-        qk_norm: QkNorm,
         tokens: &[[u32; 4]],
         [k_cache, v_cache]: [usize; 2],
         mut store_q: impl FnMut(usize, &[f32]),
     ) {
-        let (p, interleaved) = (self, io.shader.override_value("INTERLEAVED") == Some(1));
+        let option = |name| io.shader.override_value(name).unwrap_or(0);
+        let (p, interleaved) = (self, option("INTERLEAVED") == 1);
         let (qkv, norm, table) = (io.read::<f32>(0), io.read::<f32>(1), io.read::<f32>(2));
-        let dim = io.shader.override_value("HEAD4").unwrap_or(0) as usize * 4;
+        let dim = option("HEAD4") as usize * 4;
         let (n_heads, n_kv) = (p.n_heads as usize, p.n_kv_heads as usize);
         let (q_dim, k_dim) = (n_heads * dim, n_kv * dim);
         let rotary = p.rotary_dim as usize;
@@ -157,17 +152,17 @@ impl RopeKvWriteParams {
             let (q, kv) = row.split_at_mut(q_dim);
             let (k, v) = kv.split_at_mut(k_dim);
             let (eps, norm_dim) = (f64::from(p.eps), p.norm_dim as usize);
-            match qk_norm {
-                QkNorm::PerHead => {
+            match option("QK_NORM") {
+                1 => {
                     let (q_norm, k_norm) = norm[..2 * dim].split_at(dim);
                     q.chunks_mut(dim).for_each(|q| normalise(q, q_norm, norm_dim, eps));
                     k.chunks_mut(dim).for_each(|k| normalise(k, k_norm, norm_dim, eps));
                 }
-                QkNorm::Full => {
+                2 => {
                     normalise(q, &norm[..q_dim], n_heads * norm_dim, eps);
                     normalise(k, &norm[q_dim..][..k_dim], n_kv * norm_dim, eps);
                 }
-                QkNorm::None => {}
+                _ => {}
             }
             let angles = &table[position.min(p.n_positions - 1) as usize * rotary..][..rotary];
             for head in q.chunks_mut(dim).chain(k.chunks_mut(dim)) {

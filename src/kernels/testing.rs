@@ -184,8 +184,7 @@ pub(crate) fn check_played(edge: u32, tolerance: f64, build: impl Fn(&mut Bench,
         }
         let plan = bench.device.prepare(rec.clone()).unwrap();
         bench.device.run(&plan).unwrap();
-        let tensors = bench.tensors.clone();
-        (rec, tensors.iter().map(|t| bench.device.read_now(t).unwrap()).collect::<Vec<_>>())
+        (rec, bench.contents())
     };
     let (rec, expected) = run(Device::cpu());
     compare_all(&rec, &run(gpu()).1, &expected, tolerance, "played");

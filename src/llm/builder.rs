@@ -40,7 +40,7 @@ setters! {
     /// Which experts go where.
     expert_placement: ExpertPlacement => expert_placement,
     /// Split steps of so many tokens and more in two where experts are on several devices.
-    dual_batch_tokens: usize => Some(dual_batch_tokens),
+    dual_batch_tokens: usize => dual_batch_tokens,
     /// Move experts between the devices as their work asks for.
     eplb: EplbOptions => Some(eplb),
     /// Keep all experts in the host's memory, and so many bytes of them on the device.

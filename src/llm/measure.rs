@@ -12,7 +12,7 @@ use crate::{
     parallel::{
         CacheSlots, ExpertLayout, Owners, ParallelError, Placement, Rank, Rows, Share, Worker,
     },
-    weights::{DummySource, padded},
+    weights::{DummySource, mix, padded},
 };
 
 use super::LlmOptions;
@@ -42,13 +42,9 @@ pub(super) async fn candidates(
     let mut all = Vec::new();
     let n_rows = options.max_num_seqs.clamp(1, MEASURED_ROWS);
     for choice in std::iter::once(&options.device).chain(&options.expert_devices) {
-        let mut device = Device::open(choice).await?;
-        if let Some(tier) = options.tier {
-            device.shrink(tier);
-        }
+        let device = options.open(choice).await?;
         let (name, is_primary) = (device.describe(), all.is_empty());
         let slots = slots(options, spec, limits, &device, is_primary)?;
-        let cache = cache_of(&device, cache);
         let (speed, visit_s) = measure(device, spec, options, n_rows, cache)?;
         let visit_s = if is_primary { 0.0 } else { visit_s };
         all.push(Candidate { choice: choice.clone(), name, rank: Rank { slots, speed, visit_s } });
@@ -90,11 +86,6 @@ fn slots(
     }
     let room = total.saturating_sub(rest.bytes) / expert_bytes(spec, precision).max(1);
     Ok(usize::try_from(room).unwrap_or(usize::MAX).min(spec.n_experts()))
-}
-
-/// The slots of a device; the CPU computes experts where they are.
-pub(super) fn cache_of(device: &Device, cache: Option<CacheSlots>) -> Option<CacheSlots> {
-    cache.filter(|_| matches!(device, Device::Gpu(_)))
 }
 
 /// Expert rows that a device computes in a second, with slots for as large a share of the experts
@@ -160,18 +151,16 @@ fn measure(
     Ok((n as f64 / (busy - visit).max(1e-9), visit))
 }
 
-/// Chooses experts as an even router does: xorshift32 (Marsaglia 2003).
-struct Dice(u32);
+/// Chooses experts as an even router does.
+struct Dice(u64);
 
 impl Dice {
     /// `k` different ones of `n`.
     fn draw(&mut self, n: usize, k: usize) -> Vec<i32> {
         let mut all: Vec<i32> = (0..n as i32).collect();
         for i in 0..k {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 17;
-            self.0 ^= self.0 << 5;
-            all.swap(i, i + self.0 as usize % (n - i));
+            self.0 += 1;
+            all.swap(i, i + (mix(self.0) % (n - i) as u64) as usize);
         }
         all.truncate(k);
         all

@@ -76,8 +76,8 @@ pub struct LlmOptions {
     /// answer of theirs; needs the feature `mpi`.
     pub mpi: Option<Duration>,
     /// Split steps of so many tokens and more in two, so that the trip of one part to other devices
-    /// hides behind the work of the other; [`DUAL_BATCH_TOKENS`] if absent.
-    pub dual_batch_tokens: Option<usize>,
+    /// hides behind the work of the other.
+    pub dual_batch_tokens: usize,
     /// Move experts between the devices as their work asks for.
     pub eplb: Option<EplbOptions>,
     /// Keep all experts in the host's memory, and so many bytes of them on each device.
@@ -129,7 +129,7 @@ impl Default for LlmOptions {
             expert_devices: Vec::new(),
             expert_placement: ExpertPlacement::Linear,
             mpi: None,
-            dual_batch_tokens: None,
+            dual_batch_tokens: DUAL_BATCH_TOKENS,
             eplb: None,
             expert_cache: None,
             spare_experts: 0,
@@ -153,6 +153,15 @@ impl Default for LlmOptions {
 }
 
 impl LlmOptions {
+    /// Opens an adapter, without what lies above [`LlmOptions::tier`].
+    pub(crate) async fn open(&self, choice: &DeviceChoice) -> Result<Device> {
+        let mut device = Device::open(choice).await?;
+        if let Some(tier) = self.tier {
+            device.shrink(tier);
+        }
+        Ok(device)
+    }
+
     /// Number formats of the model.
     pub fn precision(&self) -> Precision {
         let usual = Precision::of(self.weights.unwrap_or(WeightFormat::W8 { group: None }));
@@ -219,10 +228,7 @@ impl PlannedLlm {
         let files::Config { spec, defaults, weights } = files::read_config(&*files, &dir)?;
         let spec = spec.with_spare_experts(options.spare_experts)?;
         options.weights = options.weights.or(weights);
-        let mut device = Device::open(&options.device).await?;
-        if let Some(tier) = options.tier {
-            device.shrink(tier);
-        }
+        let device = options.open(&options.device).await?;
         let longest = options.max_model_len.unwrap_or(spec.max_position.min(DEFAULT_MAX_LEN));
         let max_model_len = longest.clamp(1, spec.max_position);
         let max_blocks = max_model_len.div_ceil(options.block_size);
@@ -316,7 +322,7 @@ impl PlannedLlm {
         .with_block_align(self.options.moe_block_align);
         let mut runner = Runner::new(self.device, model, kv, self.limits)?;
         if let Some(exchange) = exchange {
-            let least = self.options.dual_batch_tokens.unwrap_or(DUAL_BATCH_TOKENS);
+            let least = self.options.dual_batch_tokens;
             runner = runner.with_exchange(exchange).with_dual_batches(least);
         }
         let mut engine = Engine::new(runner, self.options.engine);

@@ -4,7 +4,6 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::{
     Result,
-    device::Device,
     model::{ExpertShard, Limits, ModelSpec, Precision},
     parallel::{
         ExpertLayout, Owners, ParallelError, Share, Worker,
@@ -13,7 +12,7 @@ use crate::{
     weights::{Checkpoint, Directory, DummySource, Source, WeightFormat},
 };
 
-use super::{LlmOptions, LoadFormat, files, measure::cache_of};
+use super::{LlmOptions, LoadFormat, files};
 
 /// The same number for the same model, so that ranks with another one are found out.
 fn fingerprint(spec: &ModelSpec) -> u64 {
@@ -72,10 +71,7 @@ pub fn serve_experts(options: &LlmOptions) -> Result<()> {
         if model != fingerprint(&spec) {
             return Err(refused("it has another model; give all ranks the same").into());
         }
-        let mut device = pollster::block_on(Device::open(&options.device))?;
-        if let Some(tier) = options.tier {
-            device.shrink(tier);
-        }
+        let device = pollster::block_on(options.open(&options.device))?;
         let one =
             Limits { max_tokens, max_sequences: 1, max_logits: 1, max_blocks: 1, max_penalized: 1 };
         let limits = one.fit(&spec, &device.caps());
@@ -88,7 +84,7 @@ pub fn serve_experts(options: &LlmOptions) -> Result<()> {
         };
         let precision = Precision::of(weights.parse::<WeightFormat>()?);
         let share = Some(Share { owners, rank, redundant });
-        let layout = ExpertLayout { share, slots: cache_of(&device, slots) };
+        let layout = ExpertLayout { share, slots };
         let shard = ExpertShard::load(device, &spec, &*source, precision, &limits, &layout)?;
         Ok(shard.with_block_align(options.moe_block_align))
     })

@@ -57,17 +57,10 @@ async fn open_all(
     for choice in choices {
         let known = devices.iter().zip(choices).find(|(_, known)| *known == choice);
         let known = known.map(|(device, _)| device);
-        let device = match known.or((*choice == options.device).then_some(primary)) {
+        devices.push(match known.or((*choice == options.device).then_some(primary)) {
             Some(device) => device.beside(),
-            None => {
-                let mut device = Device::open(choice).await?;
-                if let Some(tier) = options.tier {
-                    device.shrink(tier);
-                }
-                device
-            }
-        };
-        devices.push(device);
+            None => options.open(choice).await?,
+        });
     }
     Ok(devices)
 }
@@ -258,8 +251,7 @@ impl Spread {
         let devices = std::mem::take(&mut self.devices).into_iter().enumerate();
         let load = |(i, device): (usize, Device)| -> Result<Box<dyn Worker>> {
             let rank = i + 1;
-            let mut layout = self.layout_of(rank);
-            layout.slots = measure::cache_of(&device, layout.slots);
+            let layout = self.layout_of(rank);
             let shard = ExpertShard::load(device, spec, source, precision, limits, &layout)
                 .map_err(|e| ParallelError::worker(rank, e))?;
             Ok(Box::new(shard.with_block_align(options.moe_block_align)))

@@ -5,7 +5,7 @@ use std::{fmt, ops::Range};
 
 use crate::{
     Result,
-    device::{Allocate, Caps, DType, Device, DeviceError, Tally, Tensor},
+    device::{Allocate, Caps, DType, Device, DeviceError, Memory, Tally, Tensor},
     kernels::Matrix,
     weights::{Encoded, PAD, Source, SourceTensor, WeightFormat, WeightsError, padded},
 };
@@ -224,8 +224,8 @@ pub(super) struct Loader<'a> {
     target: Target<'a>,
     caps: Caps,
     progress: &'a dyn Fn(u64),
-    /// Allocate in the host's memory.
-    on_host: bool,
+    /// Where it allocates.
+    memory: Memory,
 }
 
 enum Target<'a> {
@@ -241,13 +241,13 @@ impl<'a> Loader<'a> {
         progress: &'a dyn Fn(u64),
     ) -> Self {
         let caps = device.caps();
-        Self { caps, target: Target::Device(source, device), progress, on_host: false }
+        Self { caps, target: Target::Device(source, device), progress, memory: Memory::Device }
     }
 
     /// Counts only.
     pub(super) fn counting(tally: &'a mut Tally) -> Self {
         let caps = tally.caps.clone();
-        Self { caps, target: Target::Tally(tally), progress: &|_| {}, on_host: false }
+        Self { caps, target: Target::Tally(tally), progress: &|_| {}, memory: Memory::Device }
     }
 
     /// Whether the checkpoint has a tensor; false where nothing is read.
@@ -255,28 +255,21 @@ impl<'a> Loader<'a> {
         matches!(&self.target, Target::Device(source, _) if source.contains(name))
     }
 
-    fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+    /// Zeros, which kernels write.
+    pub(super) fn alloc(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
         let target: &mut dyn Allocate = match &mut self.target {
             Target::Device(_, device) => *device,
             Target::Tally(tally) => *tally,
         };
-        Ok(match self.on_host {
-            true => target.alloc_on_host(what, shape, dtype)?,
-            false => target.alloc(what, shape, dtype)?,
-        })
+        Ok(target.alloc_in(self.memory, what, shape, dtype)?)
     }
 
     /// What `load` loads stays in the host's memory.
     pub(super) fn on_host<T>(&mut self, load: impl FnOnce(&mut Self) -> T) -> T {
-        self.on_host = true;
+        self.memory = Memory::Host;
         let loaded = load(self);
-        self.on_host = false;
+        self.memory = Memory::Device;
         loaded
-    }
-
-    /// Memory that kernels write.
-    pub(super) fn zeros(&mut self, what: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        self.alloc(what, shape, dtype)
     }
 
     /// A table that the host writes.

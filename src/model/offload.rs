@@ -76,8 +76,8 @@ impl Home {
             n_slots,
             policy,
             expert_bytes: shape.expert_bytes(),
-            state: loader.zeros("expert slots", &[words], DType::U32)?,
-            moves: loader.zeros("expert moves", &[1 + n_slots, 2], DType::U32)?,
+            state: loader.alloc("expert slots", &[words], DType::U32)?,
+            moves: loader.alloc("expert moves", &[1 + n_slots, 2], DType::U32)?,
         })
     }
 

@@ -43,7 +43,8 @@ struct Pending {
 }
 
 impl ExpertShard {
-    /// Loads the experts of `layout` from `source`, and no others, for steps up to `limits`.
+    /// Loads the experts of `layout` from `source`, and no others, for steps up to `limits`. A CPU
+    /// needs no slots: it computes all where they are.
     ///
     /// # Errors
     /// [`crate::weights::WeightsError`] for missing or misshapen tensors,
@@ -58,12 +59,14 @@ impl ExpertShard {
     ) -> Result<Self> {
         let limits = Limits { max_logits: 1, ..*limits };
         let buffers = Buffers::alloc(&mut device, spec, &limits, precision.activations)?;
+        let slots = layout.slots.filter(|_| matches!(device, Device::Gpu(_)));
+        let layout = ExpertLayout { slots, ..layout.clone() };
         let mut loader = Loader::new(source, &mut device, &|_| {});
         let mut layers = Vec::new();
         for (moe_index, (index, moe)) in spec.moe_layers().enumerate() {
             let (_, names) = names(|name| loader.contains(name), spec, index);
             let shape = BankShape::of(spec, moe, names, precision);
-            let layer = RoutedExperts::load(&mut loader, &shape, moe.routing, layout, moe_index)?;
+            let layer = RoutedExperts::load(&mut loader, &shape, moe.routing, &layout, moe_index)?;
             layers.push(layer);
         }
         let cache = CacheTally::new(layers.iter().filter_map(|l| l.home()).map(Home::size));

@@ -198,7 +198,7 @@ impl Model {
         let part = |(at, shape): (Split, StepShape)| Part {
             shape,
             inputs: inputs.from(at),
-            buffers: if at.row == 0 { buffers.clone() } else { buffers.from(at.row) },
+            buffers: buffers.from(at.row),
         };
         let parts: Vec<Part> = shape.parts().into_iter().map(part).collect();
         for index in 0..self.layers.len() {

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 
 pub use checkpoint::Checkpoint;
 pub use dummy::DummySource;
+pub(crate) use dummy::mix;
 #[cfg(not(target_arch = "wasm32"))]
 pub use files::Directory;
 pub use files::{FileBytes, Files, read_bounded};
