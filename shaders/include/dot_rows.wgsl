@@ -29,6 +29,8 @@ override NORM: bool = false;
 // This thread's part of the sums, [TOKENS, SETS].
 var<private> dots: array<vec4<f32>, 16>;
 var<private> squares: array<f32, 8>;
+// The part of `dots` that comes of OFFSET.
+var<private> offsets: array<f32, 8>;
 
 // Sums over SUBLANES threads. [THREADS / SUBLANES, TOKENS * SETS] and [.., TOKENS]
 var<workgroup> part_dots: array<vec4<f32>, 256>;
@@ -46,18 +48,46 @@ fn add_vec4(w: Quad, u: Quad, i: u32, x_row: u32, n_live: u32, c: u32) {
     }
     if (TOKENS == 1u) {
         let x = activation(0u, x_row, col4);
-        dots[0] += w.scale * (x * rows);
+        dots[0] = add_products(dots[0], rows, w.scale, x);
         if (SETS == 2u) {
-            dots[1] += u.scale * (x * up_rows);
+            dots[1] = add_products(dots[1], up_rows, u.scale, x);
         }
+        add_offset(0u, x);
         return;
     }
     for (var t = 0u; t < select(TOKENS, n_live, SHORT); t++) {
         let x = activation(t, x_row + min(t, n_live - 1u), col4);
-        dots[t * SETS] += w.scale * (x * rows);
+        dots[t * SETS] = add_products(dots[t * SETS], rows, w.scale, x);
         if (SETS == 2u) {
-            dots[t * SETS + 1u] += u.scale * (x * up_rows);
+            dots[t * SETS + 1u] = add_products(dots[t * SETS + 1u], up_rows, u.scale, x);
         }
+        add_offset(t, x);
+    }
+}
+
+fn add_products(sum: vec4<f32>, rows: mat4x4<f32>, scale: vec4<f32>, x: vec4<f32>) -> vec4<f32> {
+    if (SHORT) {
+        return sum + scale * (x * rows);
+    }
+    if (scale_is_per_row()) {
+        return add_columns(sum, rows, x);
+    }
+    return sum + scale * add_columns(vec4(-OFFSET * dot(x, vec4(1.0))), rows, x);
+}
+
+// sum + x * rows, where integers have their columns in the order of shifted4.
+fn add_columns(sum: vec4<f32>, rows: mat4x4<f32>, x: vec4<f32>) -> vec4<f32> {
+    var v = x;
+    if (CHUNK >= 16u) {
+        v = x.xzyw;
+    }
+    let r = transpose(rows);
+    return fma(vec4(v.w), r[3], fma(vec4(v.z), r[2], fma(vec4(v.y), r[1], fma(vec4(v.x), r[0], sum))));
+}
+
+fn add_offset(t: u32, x: vec4<f32>) {
+    if (!SHORT && OFFSET != 0.0 && scale_is_per_row()) {
+        offsets[t] += OFFSET * dot(x, vec4(1.0));
     }
 }
 
@@ -79,8 +109,12 @@ fn load_quad(row: u32, c: u32) -> Quad {
     return Quad(weights[at], weights[at + 1u], weights[at + 2u], weights[at + 3u], scale);
 }
 
-// Vec4 `i` of each row, as columns.
+// Vec4 `i` of each row, as columns; unless SHORT plus OFFSET.
 fn quad_vec4(quad: Quad, i: u32) -> mat4x4<f32> {
+    if (!SHORT) {
+        return mat4x4(shifted4(quad.c0, i), shifted4(quad.c1, i), shifted4(quad.c2, i),
+                      shifted4(quad.c3, i));
+    }
     return mat4x4(weight4(quad.c0, i), weight4(quad.c1, i), weight4(quad.c2, i),
                   weight4(quad.c3, i));
 }
@@ -121,6 +155,7 @@ fn dot_rows(row: u32, up_row: u32, x_row: u32, n_live: u32, lane: u32) {
     }
     for (var t = 0u; t < TOKENS; t++) {
         squares[t] = 0.0;
+        offsets[t] = 0.0;
     }
     if (CHUNKS > 0u) {
         for (var i = 0u; i < CHUNKS / LANES; i++) {
@@ -137,12 +172,12 @@ fn dot_rows(row: u32, up_row: u32, x_row: u32, n_live: u32, lane: u32) {
     if (scale_is_per_row()) {
         let scale = scales4(row, 0u);
         for (var t = 0u; t < TOKENS; t++) {
-            dots[t * SETS] *= scale;
+            dots[t * SETS] = (dots[t * SETS] - offsets[t]) * scale;
         }
         if (SETS == 2u) {
             let up_scale = scales4(up_row, 0u);
             for (var t = 0u; t < TOKENS; t++) {
-                dots[t * SETS + 1u] *= up_scale;
+                dots[t * SETS + 1u] = (dots[t * SETS + 1u] - offsets[t]) * up_scale;
             }
         }
     }

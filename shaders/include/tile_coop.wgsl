@@ -28,6 +28,9 @@ const TILE_ROWS: u32 = 4u / SG_M * SUM_COLS;
 // Columns at a time: in groups of eight, and chunks of packed weights in a row.
 const STEP8: u32 = min(STEP, CHUNK * 8u) / 8u;
 const STEP_CHUNKS: u32 = STEP8 * 8u / CHUNK;
+// Steps that are loaded together. More bytes are under way with two, but of large tiles they do not
+// fit into the registers.
+const AHEAD: u32 = select(2u, 1u, TILE_TOKENS > 64u);
 // From row to row in vec4s. With an odd number of groups eight rows lie in different memory banks.
 const STRIDE: u32 = 2u * STEP8 + 2u;
 // Rows that all threads load together, and loads per thread and step.
@@ -95,10 +98,7 @@ fn load_x(i: u32, at: u32, chunk: u32, lid: u32) -> vec4<u32> {
 
 fn load_w(i: u32, row: u32, chunk: u32, lid: u32) -> vec4<u32> {
     if (i < W_LOADS) {
-        var at = chunk + w_col(lid);
-        if (STEP8 > 4u) {
-            at = min(at, p.n_chunks - 1u);
-        }
+        let at = min(chunk + w_col(lid), p.n_chunks - 1u);
         return weights[(row / 4u * p.n_chunks + at) * 4u + row % 4u];
     }
     return vec4(0u);
@@ -110,40 +110,30 @@ fn stage_x(i: u32, v: vec4<u32>, chunk: u32, lid: u32) {
     if (i < X_LOADS && (TILE_TOKENS % X_ROWS == 0u || row < TILE_TOKENS)) {
         let to = row * STRIDE + 2u * x_col(lid);
         var halves = v;
-        if (STEP8 > 4u && x_group(chunk, lid) >= p.n_chunks * CHUNK / 8u) {
+        if (x_group(chunk, lid) >= p.n_chunks * CHUNK / 8u) {
             halves = vec4(0u);
         }
-        stage4(to, vec4<f16>(vec4(unpack2x16float(halves.x), unpack2x16float(halves.y))));
-        stage4(to + 1u, vec4<f16>(vec4(unpack2x16float(halves.z), unpack2x16float(halves.w))));
+        stage4(to, x_order(halves.xy));
+        stage4(to + 1u, x_order(halves.zw));
     }
 }
 
-// Four integers as f16, for which many GPUs lack a fast conversion: the bits of 1024 + w and what
-// makes w positive, 128 for int8 and 8 for int4.
-fn int_halves(chunk: vec4<u32>, i: u32) -> vec4<f16> {
-    var q = chunk[i % 4u];
-    var mask = 0x00ff00ffu;
-    var zero = 0x64806480u;
-    if (CHUNK == 32u) {
-        q = chunk[i / 2u] >> (i % 2u * 4u);
-        mask = 0x000f000fu;
-        zero = 0x64086408u;
+// Four activations, in the order in which shifted4 has integers.
+fn x_order(halves: vec2<u32>) -> vec4<f16> {
+    let v = vec4<f16>(vec4(unpack2x16float(halves.x), unpack2x16float(halves.y)));
+    if (CHUNK >= 16u) {
+        return v.xzyw;
     }
-    let offset = vec2<f16>(unpack2x16float(zero));
-    let even = vec2<f16>(unpack2x16float((q & mask) ^ zero)) - offset;
-    let odd = vec2<f16>(unpack2x16float(((q >> 8u) & mask) ^ zero)) - offset;
-    return vec4<f16>(even.x, odd.x, even.y, odd.y);
+    return v;
 }
 
 // Scales of groups are rounded to f16, which is little beside the rounding of integers.
 fn weight_halves(chunk: vec4<u32>, i: u32, scale: f32) -> vec4<f16> {
-    if (CHUNK < 16u) {
-        return vec4<f16>(weight4(chunk, i));
-    }
+    let w = vec4<f16>(shifted4(chunk, i)) - f16(OFFSET);
     if (scale_is_per_row()) {
-        return int_halves(chunk, i);
+        return w;
     }
-    return int_halves(chunk, i) * f16(scale);
+    return w * f16(scale);
 }
 
 fn stage_w(i: u32, v: vec4<u32>, row: u32, chunk: u32, lid: u32) {
@@ -202,14 +192,14 @@ fn store_pair(m0: MatrixSum, m1: MatrixSum, token: u32, feature: u32, lid: u32) 
 }
 
 // Passes a row of matrices to `store`, tokens that begin `token` after the subgroup's first.
-fn store_row(m0: MatrixSum, m1: MatrixSum, m2: MatrixSum, m3: MatrixSum, token: u32, lid: u32) {
+fn store_row(r: Row, token: u32, lid: u32) {
     if (GATED && FN > 2u) {
-        store_pair(m0, m2, token, 0u, lid);
-        store_pair(m1, m3, token, EDGE, lid);
+        store_pair(r.c0, r.c2, token, 0u, lid);
+        store_pair(r.c1, r.c3, token, EDGE, lid);
     } else {
-        store_pair(m0, m1, token, 0u, lid);
+        store_pair(r.c0, r.c1, token, 0u, lid);
         if (FN > 2u) {
-            store_pair(m2, m3, token, 2u * EDGE, lid);
+            store_pair(r.c2, r.c3, token, 2u * EDGE, lid);
         }
     }
 }
@@ -272,17 +262,72 @@ fn stage(v: Loads, at: Places, chunk: u32, lid: u32) {
     stage_w(7u, v.w7, at.w7, chunk, lid);
 }
 
-// The chunk to load next. The last step loads in vain: with a branch, loads would not overlap with
-// products.
-fn following(chunk: u32) -> u32 {
-    return min(chunk + STEP_CHUNKS, (p.n_chunks - 1u) / STEP_CHUNKS * STEP_CHUNKS);
-}
-
 // Matrices of columns in a step, those of what rounding f32 has left included.
 const X_STEPS: u32 = 8u * STEP8 / EDGE;
 const K_STEPS: u32 = X_STEPS * (1u + 4u / CHUNK);
 fn x_place(k: u32) -> u32 { return k % X_STEPS * QUADS; }
 fn w_place(k: u32) -> u32 { return k % X_STEPS * QUADS + k / X_STEPS * REST; }
+
+
+// A subgroup's sums of a row of matrices, and the weights for it. FN of them.
+struct Row { c0: MatrixSum, c1: MatrixSum, c2: MatrixSum, c3: MatrixSum }
+struct Weights { b0: MatrixW, b1: MatrixW, b2: MatrixW, b3: MatrixW }
+
+// A subgroup's sums: FM rows.
+struct Sums { r0: Row, r1: Row, r2: Row, r3: Row }
+
+fn load_weights(w_to: u32) -> Weights {
+    var w: Weights;
+    w.b0 = w_matrix(w_to);
+    w.b1 = w_matrix(w_to + EDGE * STRIDE);
+    if (FN > 2u) {
+        w.b2 = w_matrix(w_to + 2u * EDGE * STRIDE);
+        w.b3 = w_matrix(w_to + 3u * EDGE * STRIDE);
+    }
+    return w;
+}
+
+fn add_row(sums: Row, x_to: u32, w: Weights, lid: u32) -> Row {
+    let a = x_matrix(x_to, lid);
+    var r = sums;
+    r.c0 = coopMultiplyAdd(a, w.b0, r.c0);
+    r.c1 = coopMultiplyAdd(a, w.b1, r.c1);
+    if (FN > 2u) {
+        r.c2 = coopMultiplyAdd(a, w.b2, r.c2);
+        r.c3 = coopMultiplyAdd(a, w.b3, r.c3);
+    }
+    return r;
+}
+
+// Adds the products of what is staged.
+fn multiply(s: ptr<function, Sums>, x_at: u32, w_at: u32, lid: u32) {
+    for (var k = 0u; k < K_STEPS; k++) {
+        let w = load_weights(w_at + w_place(k));
+        let x_to = x_at + x_place(k);
+        (*s).r0 = add_row((*s).r0, x_to, w, lid);
+        if (FM > 1u) {
+            (*s).r1 = add_row((*s).r1, x_to + M_STEP * STRIDE, w, lid);
+        }
+        if (FM > 2u) {
+            (*s).r2 = add_row((*s).r2, x_to + 2u * M_STEP * STRIDE, w, lid);
+        }
+        if (FM > 3u) {
+            (*s).r3 = add_row((*s).r3, x_to + 3u * M_STEP * STRIDE, w, lid);
+        }
+    }
+}
+
+// The same for the first half of the tokens.
+fn multiply_half(s: ptr<function, Sums>, x_at: u32, w_at: u32, lid: u32) {
+    for (var k = 0u; k < K_STEPS; k++) {
+        let w = load_weights(w_at + w_place(k));
+        let x_to = x_at + x_place(k);
+        (*s).r0 = add_row((*s).r0, x_to, w, lid);
+        if (FM > 2u) {
+            (*s).r1 = add_row((*s).r1, x_to + M_STEP * STRIDE, w, lid);
+        }
+    }
+}
 
 // Multiplies, and passes the sums to `store`. All threads of the workgroup must call it together.
 fn tile(first: u32, last: u32, lid: u32) {
@@ -292,118 +337,63 @@ fn tile(first: u32, last: u32, lid: u32) {
     let w_at = W_TILE + subgroup / SG_M * SUM_COLS * STRIDE;
     let at = places(first, last, lid);
     var next = load(at, 0u, lid);
+    var after: Loads;
+    if (AHEAD > 1u) {
+        after = load(at, STEP_CHUNKS, lid);
+    }
     if (scale_is_per_row()) {
         row_scales[lid] = weight_scale(weight_row(lid, first, last), 0u);
     }
-    var c00: MatrixSum; var c01: MatrixSum; var c02: MatrixSum; var c03: MatrixSum;
-    var c10: MatrixSum; var c11: MatrixSum; var c12: MatrixSum; var c13: MatrixSum;
-    var c20: MatrixSum; var c21: MatrixSum; var c22: MatrixSum; var c23: MatrixSum;
-    var c30: MatrixSum; var c31: MatrixSum; var c32: MatrixSum; var c33: MatrixSum;
+    var s: Sums;
     if (lid == 0u) {
         halved = u32(FM > 1u && x_source(TILE_TOKENS / 2u) == NO_ROW);
     }
     let whole = workgroupUniformLoad(&halved) == 0u;
     if (whole) {
-        for (var chunk = 0u; chunk < p.n_chunks; chunk += STEP_CHUNKS) {
+        for (var chunk = 0u; chunk < p.n_chunks; chunk += AHEAD * STEP_CHUNKS) {
             stage(next, at, chunk, lid);
             workgroupBarrier();
-            next = load(at, following(chunk), lid);
-            for (var k = 0u; k < K_STEPS; k++) {
-                let w_to = w_at + w_place(k);
-                let x_to = x_at + x_place(k);
-                let b0 = w_matrix(w_to);
-                let b1 = w_matrix(w_to + EDGE * STRIDE);
-                var b2: MatrixW;
-                var b3: MatrixW;
-                if (FN > 2u) {
-                    b2 = w_matrix(w_to + 2u * EDGE * STRIDE);
-                    b3 = w_matrix(w_to + 3u * EDGE * STRIDE);
-                }
-                {
-                    let a = x_matrix(x_to, lid);
-                    c00 = coopMultiplyAdd(a, b0, c00);
-                    c01 = coopMultiplyAdd(a, b1, c01);
-                    if (FN > 2u) {
-                        c02 = coopMultiplyAdd(a, b2, c02);
-                        c03 = coopMultiplyAdd(a, b3, c03);
-                    }
-                }
-                if (FM > 1u) {
-                    let a = x_matrix(x_to + 1u * M_STEP * STRIDE, lid);
-                    c10 = coopMultiplyAdd(a, b0, c10);
-                    c11 = coopMultiplyAdd(a, b1, c11);
-                    if (FN > 2u) {
-                        c12 = coopMultiplyAdd(a, b2, c12);
-                        c13 = coopMultiplyAdd(a, b3, c13);
-                    }
-                }
-                if (FM > 2u) {
-                    let a = x_matrix(x_to + 2u * M_STEP * STRIDE, lid);
-                    c20 = coopMultiplyAdd(a, b0, c20);
-                    c21 = coopMultiplyAdd(a, b1, c21);
-                    if (FN > 2u) {
-                        c22 = coopMultiplyAdd(a, b2, c22);
-                        c23 = coopMultiplyAdd(a, b3, c23);
-                    }
-                }
-                if (FM > 3u) {
-                    let a = x_matrix(x_to + 3u * M_STEP * STRIDE, lid);
-                    c30 = coopMultiplyAdd(a, b0, c30);
-                    c31 = coopMultiplyAdd(a, b1, c31);
-                    if (FN > 2u) {
-                        c32 = coopMultiplyAdd(a, b2, c32);
-                        c33 = coopMultiplyAdd(a, b3, c33);
-                    }
-                }
+            let second = after;
+            next = load(at, chunk + AHEAD * STEP_CHUNKS, lid);
+            if (AHEAD > 1u) {
+                after = load(at, chunk + 3u * STEP_CHUNKS, lid);
             }
+            multiply(&s, x_at, w_at, lid);
             workgroupBarrier();
+            if (AHEAD > 1u) {
+                stage(second, at, chunk + STEP_CHUNKS, lid);
+                workgroupBarrier();
+                multiply(&s, x_at, w_at, lid);
+                workgroupBarrier();
+            }
         }
     } else {
-        for (var chunk = 0u; chunk < p.n_chunks; chunk += STEP_CHUNKS) {
+        for (var chunk = 0u; chunk < p.n_chunks; chunk += AHEAD * STEP_CHUNKS) {
             stage(next, at, chunk, lid);
             workgroupBarrier();
-            next = load(at, following(chunk), lid);
-            for (var k = 0u; k < K_STEPS; k++) {
-                let w_to = w_at + w_place(k);
-                let x_to = x_at + x_place(k);
-                let b0 = w_matrix(w_to);
-                let b1 = w_matrix(w_to + EDGE * STRIDE);
-                var b2: MatrixW;
-                var b3: MatrixW;
-                if (FN > 2u) {
-                    b2 = w_matrix(w_to + 2u * EDGE * STRIDE);
-                    b3 = w_matrix(w_to + 3u * EDGE * STRIDE);
-                }
-                {
-                    let a = x_matrix(x_to, lid);
-                    c00 = coopMultiplyAdd(a, b0, c00);
-                    c01 = coopMultiplyAdd(a, b1, c01);
-                    if (FN > 2u) {
-                        c02 = coopMultiplyAdd(a, b2, c02);
-                        c03 = coopMultiplyAdd(a, b3, c03);
-                    }
-                }
-                if (FM > 2u) {
-                    let a = x_matrix(x_to + 1u * M_STEP * STRIDE, lid);
-                    c10 = coopMultiplyAdd(a, b0, c10);
-                    c11 = coopMultiplyAdd(a, b1, c11);
-                    if (FN > 2u) {
-                        c12 = coopMultiplyAdd(a, b2, c12);
-                        c13 = coopMultiplyAdd(a, b3, c13);
-                    }
-                }
+            let second = after;
+            next = load(at, chunk + AHEAD * STEP_CHUNKS, lid);
+            if (AHEAD > 1u) {
+                after = load(at, chunk + 3u * STEP_CHUNKS, lid);
             }
+            multiply_half(&s, x_at, w_at, lid);
             workgroupBarrier();
+            if (AHEAD > 1u) {
+                stage(second, at, chunk + STEP_CHUNKS, lid);
+                workgroupBarrier();
+                multiply_half(&s, x_at, w_at, lid);
+                workgroupBarrier();
+            }
         }
     }
-    store_row(c00, c01, c02, c03, 0u, lid);
+    store_row(s.r0, 0u, lid);
     if ((FM > 1u) & (whole | (FM > 2u))) {
-        store_row(c10, c11, c12, c13, M_STEP, lid);
+        store_row(s.r1, M_STEP, lid);
     }
     if ((FM > 2u) & whole) {
-        store_row(c20, c21, c22, c23, 2u * M_STEP, lid);
+        store_row(s.r2, 2u * M_STEP, lid);
     }
     if ((FM > 3u) & whole) {
-        store_row(c30, c31, c32, c33, 3u * M_STEP, lid);
+        store_row(s.r3, 3u * M_STEP, lid);
     }
 }

@@ -159,7 +159,7 @@ mod tests {
             DType::{self, F16, F32, I32},
             Recording,
         },
-        kernels::testing::{Bench, FORMATS, check},
+        kernels::testing::{Bench, FORMATS, check, check_as_gpu},
         weights::{WeightFormat, padded},
     };
 
@@ -212,6 +212,13 @@ mod tests {
                     push(bench, rec, format, shape, [F32, F32]);
                 }
             });
+        }
+    }
+
+    #[test]
+    fn code_for_gpus() {
+        for format in FORMATS {
+            check_as_gpu(1e-7, |bench, rec| push(bench, rec, format, (2, 96, 512), [F16, F32]));
         }
     }
 

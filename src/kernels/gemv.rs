@@ -157,8 +157,11 @@ impl Kernel for Gemv {
 mod tests {
     use super::*;
     use crate::{
-        device::DType::{F16, F32},
-        kernels::testing::{FORMATS, check},
+        device::{
+            DType::{F16, F32},
+            Recording,
+        },
+        kernels::testing::{Bench, FORMATS, check, check_as_gpu},
         weights::WeightFormat,
     };
 
@@ -179,25 +182,32 @@ mod tests {
         ];
         for format in FORMATS {
             let n = if is_tried_on_more(format) { cases.len() } else { 2 };
-            check(1e-7, |bench, rec| {
-                for (n_tokens, rows, cols, store) in cases[..n].iter().copied() {
-                    let weights = bench.matrix(format, 1, rows, cols);
-                    let x = bench.activations(n_tokens, cols, F32);
-                    let out = bench.normal(&[n_tokens, weights.rows + 32], F32);
-                    let bias = (store != Store::Gated).then(|| bench.normal(&[weights.rows], F32));
-                    let norm = None;
-                    rec.push(Gemv {
-                        label: "test",
-                        weights,
-                        bias,
-                        x,
-                        norm,
-                        out,
-                        out_col: 32,
-                        store,
-                    });
-                }
-            });
+            check(1e-7, |bench, rec| push(bench, rec, format, &cases[..n]));
+        }
+    }
+
+    fn push(
+        bench: &mut Bench,
+        rec: &mut Recording,
+        format: WeightFormat,
+        cases: &[(usize, usize, usize, Store)],
+    ) {
+        for &(n_tokens, rows, cols, store) in cases {
+            let weights = bench.matrix(format, 1, rows, cols);
+            let x = bench.activations(n_tokens, cols, F32);
+            let out = bench.normal(&[n_tokens, weights.rows + 32], F32);
+            let bias = (store != Store::Gated).then(|| bench.normal(&[weights.rows], F32));
+            let (label, norm, out_col) = ("test", None, 32);
+            rec.push(Gemv { label, weights, bias, x, norm, out, out_col, store });
+        }
+    }
+
+    #[test]
+    fn code_for_gpus() {
+        for format in FORMATS {
+            let n = if is_tried_on_more(format) { 2 } else { 1 };
+            let cases = [(1, 96, 512, Store::Gated), (3, 64, 100, Store::Add)];
+            check_as_gpu(1e-7, |bench, rec| push(bench, rec, format, &cases[..n]));
         }
     }
 

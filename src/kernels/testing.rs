@@ -173,21 +173,37 @@ pub(crate) fn check_edge(edge: u32, tolerance: f64, build: impl Fn(&mut Bench, &
 pub(crate) fn check_played(edge: u32, tolerance: f64, build: impl Fn(&mut Bench, &mut Recording)) {
     let imagined = imagined_caps();
     let caps = imagined.iter().find(|caps| caps.coop_matrix == Some(edge)).unwrap();
-    let run = |device: Device| {
-        let mut bench = Bench::new(device);
+    check_recorded("played", tolerance, |bench| {
         let mut rec = Recording::new(caps);
-        build(&mut bench, &mut rec);
+        build(bench, &mut rec);
         for (name, file) in rec.dispatches.iter_mut().flat_map(|d| &mut d.shader.slots) {
             if *name == "edge" {
                 *file = if edge == 16 { "played_16" } else { "played_8" };
             }
         }
+        rec
+    });
+}
+
+/// The same with the code that GPUs run, also where the adapter is a CPU.
+pub(crate) fn check_as_gpu(tolerance: f64, build: impl Fn(&mut Bench, &mut Recording)) {
+    check_recorded("as on GPUs", tolerance, |bench| {
+        let mut rec = Recording::new(&Caps { software: false, ..bench.device.caps() });
+        build(bench, &mut rec);
+        rec
+    });
+}
+
+fn check_recorded(what: &str, tolerance: f64, record: impl Fn(&mut Bench) -> Recording) {
+    let run = |device: Device| {
+        let mut bench = Bench::new(device);
+        let rec = record(&mut bench);
         let plan = bench.device.prepare(rec.clone()).unwrap();
         bench.device.run(&plan).unwrap();
         (rec, bench.contents())
     };
     let (rec, expected) = run(Device::cpu());
-    compare_all(&rec, &run(gpu()).1, &expected, tolerance, "played");
+    compare_all(&rec, &run(gpu()).1, &expected, tolerance, what);
 }
 
 fn check_where(
