@@ -9,8 +9,8 @@ use half::f16;
 use moewe::{
     device::{Allocate, DType, Device, DeviceChoice, Plan, Recording, Tensor},
     kernels::{
-        AlignShape, Aligned, ExpertGemm, ExpertGemv, ExpertMode, GroupedTopk, Matrix, Norm, Route,
-        Routing, Scoring, SiluMul, align_experts,
+        AlignShape, Aligned, ExpertGemm, ExpertGemv, ExpertMode, GroupedTopk, Matrix, Norm,
+        QuantizeRows, Route, Routing, Scoring, SiluMul, align_experts,
     },
     weights::{PAD, WeightFormat, padded},
 };
@@ -157,30 +157,36 @@ fn expert_gemv(c: &mut Criterion) {
     }
 }
 
-/// The same in blocks of each expert's tokens: steps of many.
+/// The same in blocks of each expert's tokens: steps of many, also with activations in int8.
 fn expert_gemm(c: &mut Criterion) {
     let mut bench = Bench::open();
     let (caps, n_experts) = (bench.device.caps(), ROUTING.n_experts);
-    for format in FORMATS {
+    for format in FORMATS.into_iter().chain([WeightFormat::W8A8]) {
+        let int8 = format == WeightFormat::W8A8;
+        let input = if int8 { DType::I8 } else { DType::F16 };
         let gate_up = bench.matrix(format, n_experts, 2 * WIDTH, HIDDEN);
         let down = bench.matrix(format, n_experts, HIDDEN, WIDTH);
         for n in [128, 512] {
             let (x, ids) = (bench.noise(&[n, HIDDEN], DType::F16), bench.ids(n));
             let n_slots = ids.len();
-            let block_size = ExpertGemm::block_size(&caps, DType::F16, n_slots, n_experts);
+            let block_size = ExpertGemm::block_size(&caps, input, n_slots, n_experts);
             let aligned = aligned(&mut bench, n, block_size);
             let align = bench.plan(|rec| align_experts(rec, ids, n_experts, block_size, &aligned));
             bench.run(&align);
             let both = bench.tensor(&[n_slots, 2 * WIDTH], DType::F16);
-            let inner = bench.tensor(&[n_slots, WIDTH], DType::F16);
+            let mut rows = |n, cols| match int8 {
+                true => bench.tensor(&[n, QuantizeRows::width(cols)], input),
+                false => bench.tensor(&[n, cols], input),
+            };
+            let (rounded, inner) = (rows(n, HIDDEN), rows(n_slots, WIDTH));
             let weights = bench.noise(&[n_slots], DType::F32);
             let out = bench.tensor(&[n_slots, HIDDEN], DType::F16);
-            let gated = ExpertGemm::gates(&caps, DType::F16);
+            let gated = ExpertGemm::gates(&caps, input);
             let first = ExpertGemm {
                 label: "gate_up",
                 bank: gate_up,
                 first_expert: 0,
-                x,
+                x: if int8 { rounded } else { x },
                 divide: ROUTING.top_k,
                 sorted_token_ids: aligned.sorted_token_ids,
                 expert_ids: aligned.expert_ids,
@@ -203,8 +209,13 @@ fn expert_gemm(c: &mut Criterion) {
                 ..first
             };
             let plan = bench.plan(|rec| {
+                if int8 {
+                    rec.push(QuantizeRows { x, gated: false, out: rounded });
+                }
                 rec.push(first);
-                if !gated {
+                if int8 {
+                    rec.push(QuantizeRows { x: both, gated: true, out: inner });
+                } else if !gated {
                     rec.push(SiluMul { x: both, out: inner });
                 }
                 rec.push(second);

@@ -6,15 +6,17 @@ use std::fs;
 
 use moewe::{
     Error,
-    device::DeviceChoice,
+    device::{Caps, DeviceChoice, Tally, Tier},
     engine::{EngineError, Request, SamplingParams},
+    model::{Model, Precision, arch},
+    parallel::ExpertLayout,
     weights::WeightFormat,
 };
 use serde_json::Value;
 
 use crate::{
     bad_checkpoint::{run_in, spoilt, weights_of},
-    checkpoints::{copy, edit_json, edit_tensors, golden, gull, open, read_json},
+    checkpoints::{W8, copy, edit_json, edit_tensors, golden, gull, open, read_json},
     program::{Ran, command, finish, run},
 };
 
@@ -73,6 +75,26 @@ fn prompt_longer_than_the_context() {
 }
 
 #[test]
+fn int8_activations_on_an_adapter_that_does_better() {
+    let spec = arch::parse(&read_json(&golden("mixtral").join("config.json"))).expect("a config");
+    let matrix = Caps {
+        f16: true,
+        subgroups: Some((32, 32)),
+        coop_matrix: Some(16),
+        max_workgroup_bytes: 48 << 10,
+        ..Caps::portable()
+    };
+    let plan = |caps: Caps, weights| {
+        let (precision, layout) = (Precision::of(weights), ExpertLayout::default());
+        Model::tally(&spec, precision, 64, &layout, &mut Tally::new(caps))
+    };
+    let error = plan(matrix.clone(), WeightFormat::W8A8).expect_err("refused").to_string();
+    assert!(error.contains("cooperative matrices") && error.contains("use w8a16"), "{error}");
+    plan(matrix.clone(), W8).expect("the cure");
+    plan(matrix.shrink(Tier::Fast), WeightFormat::W8A8).expect("no matrices");
+}
+
+#[test]
 fn empty_prompt() {
     run(&["run", "", "--raw", "--device", "cpu"]).fails_with(&["the prompt is empty"]);
 }
@@ -97,6 +119,8 @@ fn options_out_of_range() {
     fails(&["--group-size", "48"], &["--group-size"]);
     fails(&["--group-size", "64", "--weights", "f16"], &["--group-size"]);
     fails(&["--group-size", "48", "--weights", "w4a16"], &["--group-size"]);
+    fails(&["--group-size", "32", "--weights", "w8a8"], &["--group-size", "w8a16"]);
+    fails(&["--dense-weights", "w8a8"], &["w8a8 is for experts only", "use w8a16"]);
     run_with(&["--memory-limit", "1"]).fails_as(4, &["does not fit", "1.0 MiB"]);
     let huge = ["--max-num-batched-tokens", "18446744073709551615", "--memory-limit", "500"];
     run_with(&huge).fails_as(4, &["does not fit"]);

@@ -26,8 +26,7 @@ fn record(name: &str, caps: &Caps, n: usize, block_align: bool) -> (Recording, M
     let source = Checkpoint::open(&golden(name)).expect("a checkpoint");
     let (mut device, model, kv) = load(spec, &source);
     let model = model.with_block_align(block_align);
-    let scratch = Scratch::alloc(&mut device, &model.spec, &LIMITS, model.precision.activations)
-        .expect("fits");
+    let scratch = Scratch::alloc(&mut device, &model.spec, &LIMITS, model.precision).expect("fits");
     let (n_prefill, n_tiles, sample, logprobs) = (0, 0, false, false);
     let shape =
         StepShape { n_decode: n, n_prefill, n_tiles, n_logits: n, sample, logprobs, split: None };

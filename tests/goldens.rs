@@ -9,7 +9,7 @@ use moewe::{
     engine::Runner,
     evaluate::{Expectation, Tolerance, verify},
     llm::{Llm, LlmOptions},
-    model::{KvCache, Limits, Model, Precision, arch},
+    model::{ExpertShape, KvCache, Limits, Model, Precision, arch},
     weights::{Checkpoint, WeightFormat},
 };
 use pollster::block_on;
@@ -29,10 +29,24 @@ fn check_options(name: &str, options: LlmOptions) {
     let (dir, precision) = (golden(name), options.precision());
     let mut llm = Llm::open(options).unwrap_or_else(|e| panic!("{name}: {e}"));
     let runner = llm.engine.runner();
+    if precision.experts == WeightFormat::W8A8 {
+        always_in_blocks(runner);
+    }
     let expectation = Expectation::read(&dir, &runner.model().spec).expect("a whole golden");
     let tolerance = Tolerance::of(precision, expectation.logit_atol);
     let report = verify(runner, &expectation, &tolerance).expect("the golden runs");
     assert!(report.passed, "{what}:\n{report}");
+}
+
+/// Lets experts multiply blocks of rows in steps of any size: without blocks nothing is rounded to
+/// int8.
+fn always_in_blocks(runner: &mut Runner) {
+    let (spec, precision) = (runner.model().spec.clone(), runner.model().precision);
+    let caps = runner.device().caps();
+    for (_, moe) in spec.moe_layers() {
+        let name = ExpertShape::of(&spec, moe, precision).name(&caps);
+        runner.device().tune(&name, vec![(usize::MAX, 16)]);
+    }
 }
 
 fn check_all(name: &str) {
@@ -46,6 +60,10 @@ fn check_all(name: &str) {
         let dense_weights = Some(WeightFormat::W8 { group: Some(32) });
         check_options(name, LlmOptions { dense_weights, ..options });
     }
+    for tier in [Tier::Portable, Tier::Fast] {
+        check(name, &GPU, Some(tier), WeightFormat::W8A8);
+    }
+    check(name, &DeviceChoice::Cpu, None, WeightFormat::W8A8);
     check(name, &GPU, Some(Tier::Portable), WeightFormat::F32);
     check(name, &GPU, Some(Tier::Portable), W8);
 }

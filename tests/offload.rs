@@ -8,7 +8,7 @@ use std::{
 };
 
 use moewe::{
-    device::DeviceChoice,
+    device::{DeviceChoice, Tier},
     engine::EngineConfig,
     llm::{Llm, LlmOptions},
     parallel::{CacheOptions, CachePolicy, CacheStats},
@@ -113,6 +113,36 @@ fn any_cache_gives_what_resident_experts_give() {
         }
     }
     check(&golden("qwen3_moe"), &GPU, W8);
+    check(&golden("qwen3_moe"), &CPU, WeightFormat::W8A8);
+}
+
+/// 90 rows of 8 experts are enough for blocks on any device, which multiply in int8.
+#[test]
+fn int8_activations_are_the_same_with_a_cache_on_two_devices() {
+    let dir = golden("mixtral");
+    let weights = WeightFormat::W8A8;
+    let (slot, top_k) = slot_bytes(&dir, CPU, weights);
+    for device in [CPU, GPU] {
+        let open = |expert_devices, bytes: Option<u64>| {
+            let policy = CachePolicy::Lru;
+            let options = LlmOptions {
+                tier: Some(Tier::Fast),
+                expert_devices,
+                text: false,
+                max_model_len: Some(128),
+                expert_cache: bytes.map(|bytes| CacheOptions { bytes, policy }),
+                ..options(&dir, device.clone(), weights)
+            };
+            Llm::open(options).expect("a model")
+        };
+        let mut alone = open(Vec::new(), None);
+        let mut spread = open(vec![device.clone()], Some(top_k as u64 * slot));
+        let off = worst(&logits(&mut spread, 90), &logits(&mut alone, 90));
+        // Sums of several turns are rounded to f16 in between.
+        assert!(off < 2e-2, "{device}: logits are {off} off");
+        assert_eq!(greedy(&mut spread, 8), greedy(&mut alone, 8), "{device}");
+        assert!(stats(&spread).misses > 0, "{device}: the cache was not used");
+    }
 }
 
 #[test]

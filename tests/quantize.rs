@@ -134,7 +134,10 @@ fn the_command_writes_a_model_that_runs() {
     };
     let args = ["run", "Once upon a time", "--raw", "-n", "8", "--temperature", "0"];
     let int4 = ["--weights", "w4a16", "--group-size", "64"];
-    for (flags, name, percent) in [(&[][..], "w8a16", 70), (&int4[..], "w4a16-g64", 50)] {
+    let int8 = ["--weights", "w8a8"];
+    for (flags, name, percent) in
+        [(&[][..], "w8a16", 70), (&int8[..], "w8a8", 70), (&int4[..], "w4a16-g64", 50)]
+    {
         let path = out.path().join(name);
         let path = path.to_str().expect("UTF-8");
         let said = run(&[&["quantize", path], flags].concat()).stdout();

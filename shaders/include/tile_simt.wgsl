@@ -1,48 +1,24 @@
-// A tile of 32 activation rows (tokens; 16 unless WIDE) times 128 weight rows by 64 threads. Both
-// operands pass through workgroup memory as f32, transposed, 16 columns at a time; each thread
-// keeps the sums of 16 tokens with four weight rows in registers.
+// A tile in f32. Both operands pass through workgroup memory, transposed, 16 columns at a time.
 //
 // Every tile expects `weights`, `x` and a weight format in scope, a function `x_source(i)` that
 // tells at which vec4 of x the tile's i-th activation row begins (NO_ROW: there is none), a
 // constant GATED (only tile_coop.wgsl can), and a function `store(i, row, sum)` for four
 // neighbouring weight rows of the tile.
 #include "include/share_{share}.wgsl"
-
-override WIDE: bool = true;
+#include "include/tile_sums.wgsl"
 
 alias x_vec = act4;
+alias sum4 = vec4<f32>;
 
-const THREADS: u32 = 64u;
-const TILE_TOKENS: u32 = 32u;  // 16 unless WIDE
-const TILE_ROWS: u32 = 128u;
 const TILE_COLS: u32 = 16u;
 const PART: u32 = min(CHUNK, TILE_COLS);  // columns of a chunk that are staged together
-// The same in vec4s.
-const TOKENS4: u32 = 8u;
-const ROWS4: u32 = 32u;
+const TOKENS4: u32 = 8u;  // the tile's, in vec4s
 
 var<workgroup> x_tile: array<vec4<f32>, 128>;  // [TILE_COLS, TOKENS4]
 var<workgroup> w_tile: array<vec4<f32>, 512>;  // [TILE_COLS, ROWS4]
 
-// A thread's sums of its four weight rows: s0..s3 with tokens tile_token.. + 4, s4..s7 with those
-// 8 further on, and so on.
-struct Sums {
-    s0: vec4<f32>, s1: vec4<f32>, s2: vec4<f32>, s3: vec4<f32>,
-    s4: vec4<f32>, s5: vec4<f32>, s6: vec4<f32>, s7: vec4<f32>,
-    s8: vec4<f32>, s9: vec4<f32>, s10: vec4<f32>, s11: vec4<f32>,
-    s12: vec4<f32>, s13: vec4<f32>, s14: vec4<f32>, s15: vec4<f32>,
-}
-
-// First of the tile's tokens whose sums thread `lid` keeps.
-fn tile_token(lid: u32) -> u32 { return lid / ROWS4 * 4u; }
-
-// First of the tile's four weight rows whose sums thread `lid` keeps.
-fn tile_row(lid: u32) -> u32 { return lid % ROWS4 * 4u; }
-
 // First of the tile's four tokens whose activations thread `lid` stages.
 fn staged_token(lid: u32) -> u32 { return lid % TOKENS4 * 4u; }
-
-const NO_ROW: u32 = 0xffffffffu;
 
 fn load_x(source: u32, at: u32) -> vec4<f32> {
     if (source != NO_ROW) {
@@ -120,27 +96,4 @@ fn tile_product(first: u32, last: u32, lid: u32) -> Sums {
     return s;
 }
 
-// Multiplies, and passes the sums to `store`. All threads of the workgroup must call it together.
-fn tile(first: u32, last: u32, lid: u32) {
-    let s = tile_product(first, last, lid);
-    let t = tile_token(lid);
-    let r = tile_row(lid);
-    store(t, r, s.s0);
-    store(t + 1u, r, s.s1);
-    store(t + 2u, r, s.s2);
-    store(t + 3u, r, s.s3);
-    store(t + 8u, r, s.s4);
-    store(t + 9u, r, s.s5);
-    store(t + 10u, r, s.s6);
-    store(t + 11u, r, s.s7);
-    if (WIDE) {
-        store(t + 16u, r, s.s8);
-        store(t + 17u, r, s.s9);
-        store(t + 18u, r, s.s10);
-        store(t + 19u, r, s.s11);
-        store(t + 24u, r, s.s12);
-        store(t + 25u, r, s.s13);
-        store(t + 26u, r, s.s14);
-        store(t + 27u, r, s.s15);
-    }
-}
+fn store_sum(i: u32, row: u32, sum: sum4) { store(i, row, sum); }

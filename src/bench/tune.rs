@@ -1,10 +1,6 @@
 //! Which way to run the experts is fastest on this adapter, by trying all of them.
 
-use crate::{
-    Result,
-    engine::Runner,
-    model::{ExpertShape, candidates},
-};
+use crate::{Result, engine::Runner, model::ExpertShape};
 
 use super::moe_layer::layer_seconds;
 
@@ -46,7 +42,7 @@ pub fn tune(
     }
     for &tokens in tokens {
         let mut tried = Vec::new();
-        for rows in candidates(&caps, precision.activations) {
+        for rows in shape.candidates(&caps, precision.activations) {
             runner.device().tune(&name, vec![(usize::MAX, rows)]);
             tried.push((rows, layer_seconds(runner, tokens)?));
         }

@@ -23,6 +23,9 @@ pub(crate) enum Weights {
     F16,
     /// int8, by itself for the experts only.
     W8a16,
+    /// int8 for the experts, whose activations are rounded to int8, too, in steps of many tokens:
+    /// for adapters without cooperative matrices.
+    W8a8,
     /// int4 in groups of inputs, by itself for the experts only.
     W4a16,
 }
@@ -34,6 +37,7 @@ impl Weights {
             Self::F32 => WeightFormat::F32,
             Self::F16 => WeightFormat::F16,
             Self::W8a16 => WeightFormat::W8 { group },
+            Self::W8a8 => WeightFormat::W8A8,
             Self::W4a16 => WeightFormat::W4 { group: group.unwrap_or(32) },
         }
     }
@@ -146,12 +150,7 @@ impl ModelArgs {
         // Attention and head bear one scale per channel less well than experts do.
         let dense_group = self.group_size.or(Some(32));
         let dense_weights = self.dense_weights.map(|weights| weights.format(dense_group));
-        check_group_size(self.group_size)?;
-        let any_groups = weights.into_iter().chain(dense_weights).any(|f| f.is_quantized());
-        ensure!(
-            self.group_size.is_none() || any_groups,
-            "--group-size goes with --weights w8a16 or w4a16"
-        );
+        check_group_size(self.group_size, weights.into_iter().chain(dense_weights))?;
         ensure!(self.max_num_batched_tokens > 0, "--max-num-batched-tokens must be at least 1");
         ensure!(
             (1..=1024).contains(&self.block_size),
@@ -232,10 +231,15 @@ impl ModelArgs {
     }
 }
 
-/// Refuses groups that no kernel knows.
-pub(crate) fn check_group_size(group: Option<usize>) -> anyhow::Result<()> {
-    let group = group.unwrap_or(32);
+/// Refuses groups that no kernel knows, and those that none of `formats` has.
+pub(crate) fn check_group_size(
+    group: Option<usize>,
+    mut formats: impl Iterator<Item = WeightFormat>,
+) -> anyhow::Result<()> {
+    let Some(group) = group else { return Ok(()) };
     ensure!([32, 64, 128].contains(&group), "--group-size is {group}, not 32, 64 or 128");
+    let any = formats.any(|f| matches!(f, WeightFormat::W8 { .. } | WeightFormat::W4 { .. }));
+    ensure!(any, "--group-size goes with --weights w8a16 or w4a16");
     Ok(())
 }
 

@@ -19,7 +19,7 @@ pub(crate) struct Quantize {
     out: PathBuf,
     #[command(flatten)]
     checkpoint: CheckpointArgs,
-    /// Packing of the experts: w8a16 or w4a16
+    /// Packing of the experts: w8a16, w8a8 or w4a16
     #[arg(long, value_enum, default_value = "w8a16")]
     weights: Weights,
     /// Inputs that share a scale: 32, 64 or 128 [default: 32 for int4, all inputs of an output
@@ -30,10 +30,10 @@ pub(crate) struct Quantize {
 
 impl Quantize {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        check_group_size(self.group_size)?;
         let target = self.out.join("model.safetensors");
         ensure!(!target.exists(), "{} exists; name an empty directory", target.display());
         let weights = self.weights.format(self.group_size);
+        check_group_size(self.group_size, std::iter::once(weights))?;
         let options = LlmOptions { weights: Some(weights), ..self.checkpoint.options() };
         let bar = ProgressBar::new(0);
         let done = quantize(&options, &self.out, &|done, all| {

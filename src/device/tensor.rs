@@ -13,6 +13,8 @@ pub enum DType {
     I32,
     /// 32-bit unsigned integer.
     U32,
+    /// 8-bit signed integer (rounded activations).
+    I8,
     /// Bytes whose meaning the reader knows (packed weights).
     U8,
 }
@@ -23,7 +25,7 @@ impl DType {
         match self {
             DType::F32 | DType::I32 | DType::U32 => 4,
             DType::F16 => 2,
-            DType::U8 => 1,
+            DType::I8 | DType::U8 => 1,
         }
     }
 }

@@ -50,8 +50,7 @@ impl Runner {
     /// [`crate::device::DeviceError`] where it does not fit.
     pub fn new(mut device: Device, model: Model, kv: KvCache, limits: Limits) -> Result<Self> {
         let limits = limits.fit(&model.spec, &device.caps());
-        let activations = model.precision.activations;
-        let scratch = Scratch::alloc(&mut device, &model.spec, &limits, activations)?;
+        let scratch = Scratch::alloc(&mut device, &model.spec, &limits, model.precision)?;
         Ok(Self {
             device,
             model,

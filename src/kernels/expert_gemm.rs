@@ -12,6 +12,7 @@ use super::{
     Matrix, float_slot,
     gemm::{Tile, columns},
     matrix::{Rows, dot, silu},
+    quantize_rows::dequantized,
 };
 
 /// `out[slot] = (routed weight *) bank[expert of slot] . x[slot / divide]`, where a slot is
@@ -25,7 +26,8 @@ pub struct ExpertGemm {
     pub bank: Matrix,
     /// Global id of the bank's first expert.
     pub first_expert: usize,
-    /// F32 or F16 `[n_slots / divide, cols]`
+    /// F32 or F16 `[n_slots / divide, cols]`, or I8 as [`super::QuantizeRows`] makes it for weights
+    /// in int8 with a scale per row
     pub x: Tensor,
     /// Slots that share a row of `x`: top_k for the first product, 1 for the second.
     pub divide: usize,
@@ -52,6 +54,12 @@ pub struct ExpertGemm {
 }
 
 impl ExpertGemm {
+    /// Whether int8 activations can make these products faster: not where f16 are multiplied in
+    /// cooperative matrices.
+    pub fn gains_by_int8(caps: &Caps) -> bool {
+        Tile::edge(caps).is_none()
+    }
+
     /// Whether this kernel can store gated products of such matrices by itself.
     pub fn gates(caps: &Caps, activations: DType) -> bool {
         Tile::of(caps, activations).gates()
@@ -61,7 +69,7 @@ impl ExpertGemm {
     pub fn block_sizes(caps: &Caps, activations: DType) -> &'static [usize] {
         match Tile::of(caps, activations) {
             Tile::Coop => Tile::heights(caps),
-            Tile::Simt => &[16, 32],
+            Tile::Simt | Tile::Int8 => &[16, 32],
         }
     }
 
@@ -70,7 +78,7 @@ impl ExpertGemm {
     pub fn block_size(caps: &Caps, activations: DType, n_slots: usize, n_experts: usize) -> usize {
         let average = n_slots.div_ceil(n_experts.max(1));
         match Tile::of(caps, activations) {
-            Tile::Simt => {
+            Tile::Simt | Tile::Int8 => {
                 if average <= 8 {
                     16
                 } else {
@@ -119,11 +127,12 @@ impl Kernel for ExpertGemm {
         let tile = Tile::of(caps, self.x.dtype);
         let sizes = Self::block_sizes(caps, self.x.dtype);
         assert!(sizes.contains(&self.block_size), "a block is a tile: one of {sizes:?} slots");
+        assert!(tile != Tile::Int8 || self.bank.is_int8(), "a scale for each row of weights");
         assert!(!self.gated || tile.gates(), "use expert_gemm and silu_mul");
         let shader = self
             .bank
             .shader(tile.shader(Shader::new(Self::NAME), caps, self.block_size))
-            .slot("act", float_slot(self.x.dtype, caps))
+            .slot("act", if tile == Tile::Int8 { "i8" } else { float_slot(self.x.dtype, caps) })
             .slot("out", float_slot(self.out.dtype, caps))
             .set("ROUTED", self.weights.is_some())
             .set("GATED", self.gated)
@@ -136,7 +145,7 @@ impl Kernel for ExpertGemm {
                 n_rows: self.bank.rows as u32,
                 n_chunks: self.bank.n_chunks(),
                 scales_per_row: self.bank.scales_per_row(),
-                x_stride4: self.x.cols() as u32 / 4,
+                x_stride4: self.x.cols() as u32 / if tile == Tile::Int8 { 16 } else { 4 },
                 out_stride4: self.out.cols() as u32 / 4,
                 n_slots: self.n_slots as u32,
                 divide: self.divide as u32,
@@ -161,11 +170,15 @@ impl Kernel for ExpertGemm {
     fn twin(p: &ExpertGemmParams, io: &Io<'_>) {
         let (weights, scales) = (io.read::<u8>(0), io.read::<f32>(1));
         let rows = Rows::new(&weights, &scales, io.shader, p.n_chunks);
-        let (x, sorted, experts) = (io.floats(2), io.read::<u32>(3), io.read::<i32>(4));
+        let x = match io.tensor(2).dtype {
+            DType::I8 => dequantized(&io.read(2), rows.cols),
+            _ => io.floats(2),
+        };
+        let x_stride = x.len() / io.tensor(2).rows();
+        let (sorted, experts) = (io.read::<u32>(3), io.read::<i32>(4));
         let option = |name| io.shader.override_value(name) == Some(1);
         let routed = option("ROUTED").then(|| io.floats(6));
         let gated = option("GATED");
-        let x_stride = p.x_stride4 as usize * 4;
         let (n_rows, block_size) = (p.n_rows as usize, p.block_size as usize);
         let n_blocks = io.read::<u32>(5)[0] as usize / block_size;
         for (expert, block) in experts.iter().zip(sorted.chunks(block_size)).take(n_blocks) {
@@ -205,7 +218,7 @@ mod tests {
     use super::*;
     use crate::{
         device::{
-            DType::{self, F16, F32, I32, U32},
+            DType::{self, F16, F32, I8, I32, U32},
             Recording,
         },
         kernels::testing::{Bench, FORMATS, check, check_edge, check_matrix, check_played},
@@ -336,6 +349,62 @@ mod tests {
             let case = Case { first_product, block_size: 16, ..PLAIN };
             check(1e-7, |bench, rec| push(bench, rec, FORMATS[3], &case));
         }
+    }
+
+    #[test]
+    fn int8_activations() {
+        let base = Case { x: I8, ..PLAIN };
+        for block_size in [16, 32] {
+            check(1e-7, |bench, rec| {
+                for (n_tokens, rows, cols) in
+                    [(1, 40, 24), (5, 1024, 100), (33, 96, 512), (70, 160, 64)]
+                {
+                    for first_product in [true, false] {
+                        let case = Case { n_tokens, rows, cols, first_product, block_size, ..base };
+                        push(bench, rec, WeightFormat::W8A8, &case);
+                    }
+                }
+                push(bench, rec, WeightFormat::W8A8, &Case { banks: &[3, 2], block_size, ..base });
+            });
+        }
+        check(1e-6, |bench, rec| {
+            let case = Case { out: F16, block_size: 16, banks: &[2, 1, 2], find: true, ..base };
+            push(bench, rec, WeightFormat::W8A8, &case);
+        });
+    }
+
+    #[test]
+    fn int8_rows_of_zeros_of_outliers_and_of_the_largest_values() {
+        let value = |row: usize, col: usize| match (row % 4, col % 64) {
+            (0, _) => 0.0,
+            (1, 9) => 3e4,
+            (2, _) => 100.0,
+            (_, col) => (col as f32 - 31.0) / 16.0,
+        };
+        check(1e-7, |bench, rec| {
+            let (n, cols, n_experts) = (24, 2048, 2);
+            let bank = bench.matrix(WeightFormat::W8A8, n_experts, 64, cols);
+            let x = bench.floats(&[n, cols], I8, |_, i| value(i / cols, i % cols));
+            let ids: Vec<i32> = (0..n as i32).map(|i| i % 2).collect();
+            let (sorted, experts, n_slots) = align(&ids, n_experts as i32, 16);
+            let out = bench.normal(&[n, bank.rows], F32);
+            rec.push(ExpertGemm {
+                label: "test",
+                bank,
+                first_expert: 0,
+                x,
+                divide: 1,
+                sorted_token_ids: bench.ints(&[sorted.len()], I32, &sorted),
+                expert_ids: bench.ints(&[experts.len()], I32, &experts),
+                num_tokens_post_pad: bench.ints(&[1], U32, &[n_slots]),
+                weights: None,
+                out,
+                gated: false,
+                block_size: 16,
+                most_blocks: None,
+                n_slots: n,
+            });
+        });
     }
 
     #[test]

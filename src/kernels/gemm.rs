@@ -25,6 +25,8 @@ pub const GEMV_TOKENS: usize = 16;
 pub(super) enum Tile {
     /// f32 sums in registers: 32 or 16 activation rows.
     Simt,
+    /// The same with i32 sums of int8 activations and weights.
+    Int8,
     /// Cooperative matrices of f16 with f32 sums: [`Tile::heights`] activation rows.
     Coop,
 }
@@ -52,9 +54,10 @@ impl Tile {
 
     /// The best that the device and the activations allow.
     pub(super) fn of(caps: &Caps, activations: DType) -> Self {
-        match Self::edge(caps).is_some() && activations == DType::F16 {
-            true => Self::Coop,
-            false => Self::Simt,
+        match activations {
+            DType::I8 => Self::Int8,
+            DType::F16 if Self::edge(caps).is_some() => Self::Coop,
+            _ => Self::Simt,
         }
     }
 
@@ -79,6 +82,7 @@ impl Tile {
                     .slot("share", if quads { "quad" } else { "load" })
                     .set("WIDE", tokens > TILE_TOKENS / 2)
             }
+            Self::Int8 => shader.slot("tile", "int8").set("WIDE", tokens > TILE_TOKENS / 2),
         }
     }
 
@@ -128,7 +132,7 @@ pub fn product(rec: &mut Recording, gemm: Gemm) {
     // A router has too few rows to fill a large GPU with tiles, unless tokens are many.
     let most = match Tile::of(rec.caps(), x.dtype) {
         Tile::Coop => ROUTER_GEMV_TOKENS,
-        Tile::Simt => usize::MAX,
+        Tile::Simt | Tile::Int8 => usize::MAX,
     };
     let narrow = !rec.caps().software
         && weights.format == WeightFormat::F32
@@ -189,12 +193,12 @@ impl Kernel for Gemm {
         let gated = self.store == Store::Gated;
         assert!(!gated || (tile.gates() && self.bias.is_none()), "use gemm and silu_mul");
         let (tokens, step) = match tile {
-            Tile::Simt if n_tokens <= TILE_TOKENS / 2 => (TILE_TOKENS / 2, TILE_TOKENS),
-            Tile::Simt => (TILE_TOKENS, TILE_TOKENS),
             Tile::Coop => {
                 let tokens = coop_tokens(caps, n_tokens, self.weights.rows);
                 (tokens, tokens)
             }
+            _ if n_tokens <= TILE_TOKENS / 2 => (TILE_TOKENS / 2, TILE_TOKENS),
+            _ => (TILE_TOKENS, TILE_TOKENS),
         };
         let shader = self
             .weights

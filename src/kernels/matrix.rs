@@ -48,6 +48,11 @@ impl Matrix {
         self.format.scales_per_row(self.cols) as u32
     }
 
+    /// Whether weights are int8 with one scale per row.
+    pub(crate) fn is_int8(&self) -> bool {
+        matches!(self.format, WeightFormat::W8 { group: None } | WeightFormat::W8A8)
+    }
+
     /// Bytes that are allocated, and those that one matrix of `rows` and `cols` needs without
     /// padding.
     pub(crate) fn bytes(&self, rows: usize, cols: usize) -> (u64, u64) {
@@ -65,6 +70,7 @@ impl Matrix {
             WeightFormat::W8 { group } => {
                 shader.slot("weight", "w8").set("GROUP", group.unwrap_or(0) as u32)
             }
+            WeightFormat::W8A8 => shader.slot("weight", "w8").set("GROUP", 0u32),
             WeightFormat::W4 { group } => shader.slot("weight", "w4").set("GROUP", group as u32),
         }
     }

@@ -14,7 +14,10 @@ use crate::{
     weights::{WeightFormat, padded},
 };
 
-use super::Matrix;
+use super::{
+    Matrix, QuantizeRows,
+    quantize_rows::{dequantized, quantize},
+};
 
 /// Every weight format, with its smallest and its largest groups.
 pub(crate) const FORMATS: [WeightFormat; 7] = [
@@ -77,7 +80,7 @@ impl Bench {
         Tensor { offset: MARGIN as u64, ..Tensor::new(whole.buffer, shape, dtype) }
     }
 
-    /// A tensor of floats (F32 or F16) made by index.
+    /// A tensor of floats (F32 or F16) made by index; as I8 their rows rounded, scales behind them.
     pub(crate) fn floats(
         &mut self,
         shape: &[usize],
@@ -89,6 +92,14 @@ impl Bench {
             DType::F16 => {
                 let values: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
                 self.tensor(shape, dtype, bytemuck::cast_slice(&values))
+            }
+            DType::I8 => {
+                let cols = shape[shape.len() - 1];
+                let width = QuantizeRows::width(cols);
+                let mut bytes = vec![0; values.len() / cols * width];
+                let rows = values.chunks(cols).zip(bytes.chunks_mut(width));
+                rows.for_each(|(row, out)| quantize(row, out));
+                self.tensor(&[bytes.len() / width, width], dtype, &bytes)
             }
             _ => self.tensor(shape, dtype, bytemuck::cast_slice(&values)),
         }
@@ -262,34 +273,39 @@ fn compare_all(
     tolerance: f64,
     what: &str,
 ) {
-    // Type of each buffer as some kernel writes it; unwritten buffers are compared as bytes.
-    let dtype = |i: usize| {
+    // Each buffer as some kernel writes it; unwritten buffers are compared as bytes.
+    let tensor = |i: usize| {
         let written = rec
             .dispatches
             .iter()
             .flat_map(|d| &d.bindings)
             .find(|b| b.tensor.buffer.0 as usize == i && b.access == Access::Write);
-        written.map_or(DType::U8, |b| b.tensor.dtype)
+        written.map(|b| b.tensor)
     };
     for (i, (actual, expected)) in actual.iter().zip(expected).enumerate() {
         let content = MARGIN..expected.len() - MARGIN;
         let what = format!("{what}, tensor {i}\n{rec}");
         assert_eq!(actual[..MARGIN], expected[..MARGIN], "before {what}");
         assert_eq!(actual[content.end..], expected[content.end..], "after {what}");
-        compare(&actual[content.clone()], &expected[content], dtype(i), tolerance, &what);
+        compare(&actual[content.clone()], &expected[content], tensor(i), tolerance, &what);
     }
 }
 
-fn compare(actual: &[u8], expected: &[u8], dtype: DType, tolerance: f64, what: &str) {
+fn compare(actual: &[u8], expected: &[u8], tensor: Option<Tensor>, tolerance: f64, what: &str) {
+    let dtype = tensor.map_or(DType::U8, |tensor| tensor.dtype);
     let floats = |bytes: &[u8]| -> Vec<f64> {
         match dtype {
             DType::F16 => {
                 bytemuck::pod_collect_to_vec::<u8, f16>(bytes).iter().map(|x| x.to_f64()).collect()
             }
+            DType::I8 => {
+                let cols = tensor.map_or(0, |tensor| tensor.cols()) - QuantizeRows::width(0);
+                dequantized(bytes, cols).into_iter().map(f64::from).collect()
+            }
             _ => bytemuck::pod_collect_to_vec::<u8, f32>(bytes).iter().map(|&x| x.into()).collect(),
         }
     };
-    if !matches!(dtype, DType::F16 | DType::F32) {
+    if !matches!(dtype, DType::F16 | DType::F32 | DType::I8) {
         let first = actual.iter().zip(expected).position(|(a, b)| a != b).map(|at| at / 4);
         assert!(first.is_none(), "word {first:?} differs: {what}");
         return;

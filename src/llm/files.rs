@@ -64,7 +64,9 @@ pub enum FilesError {
         cause: std::io::Error,
     },
     /// A model was to be quantised to floats.
-    #[error("{format} holds floats; quantise to w8a16, or w8a16-g32 or w4a16-g32, -g64, -g128")]
+    #[error(
+        "{format} holds floats; quantise to w8a16, w8a8, or w8a16-g32 or w4a16-g32, -g64, -g128"
+    )]
     NotQuantized {
         /// What was asked for.
         format: WeightFormat,

@@ -70,7 +70,7 @@ fn slots(
     let total = given.or(device.memory_bytes().map(|bytes| (bytes as f64 * share) as u64));
     let Some(total) = total else { return Ok(spec.n_experts()) };
     let mut rest = Tally::new(device.caps());
-    Scratch::alloc(&mut rest, spec, limits, precision.activations)?;
+    Scratch::alloc(&mut rest, spec, limits, precision)?;
     if is_primary {
         let elsewhere = |(_, moe): (_, &MoeSpec)| {
             let n = moe.routing.n_experts;

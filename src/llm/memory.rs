@@ -43,7 +43,7 @@ pub(super) fn plan(
     let tally = || Tally::new(device.caps());
     let (mut weights, mut kv_cache, mut scratch) = (tally(), tally(), tally());
     Model::tally(spec, precision, n_positions, layout, &mut weights)?;
-    Scratch::alloc(&mut scratch, spec, limits, precision.activations)?;
+    Scratch::alloc(&mut scratch, spec, limits, precision)?;
     let share = f64::from(options.gpu_memory_utilization.clamp(0.01, 1.0));
     let total = options
         .memory_limit

@@ -8,12 +8,12 @@ use std::{
 use crate::{
     Result,
     device::{Caps, Device, Tensor},
-    kernels::Matrix,
+    kernels::{ExpertGemm, Matrix},
     weights::{Source, WeightFormat},
 };
 
 use super::{
-    ModelSpec, MoeSpec, Precision,
+    ModelError, ModelSpec, MoeSpec, Precision,
     loader::{Cols, Fused, Loader, Rows, pack},
 };
 
@@ -261,12 +261,19 @@ impl BankShape {
     }
 
     /// Loads some experts, in this order, into the first of so many places.
+    ///
+    /// # Errors
+    /// [`ModelError::Int8Activations`] on a device that does better without them.
     pub(super) fn load(
         &self,
         loader: &mut Loader<'_>,
         experts: &[usize],
         n_places: usize,
     ) -> Result<Banks> {
+        if self.format == WeightFormat::W8A8 && !ExpertGemm::gains_by_int8(loader.caps()) {
+            let what = "adapters without cooperative matrices, and this one has them";
+            return Err(ModelError::Int8Activations { what }.into());
+        }
         let (hidden, width) = (Cols::all(self.hidden), Cols::all(self.width));
         let gate_up = loader.banks(experts, n_places, |e| self.gate_up(e), hidden, self.format)?;
         let down = loader.banks(experts, n_places, |e| self.down(e), width, self.format)?;

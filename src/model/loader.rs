@@ -10,7 +10,7 @@ use crate::{
     weights::{Encoded, PAD, Source, SourceTensor, WeightFormat, WeightsError, padded},
 };
 
-use super::linear::Linear;
+use super::{ModelError, linear::Linear};
 
 /// Weights packed and uploaded at a time, bytes; bounds the host memory of loading.
 const PIECE_BYTES: usize = 32 << 20;
@@ -250,6 +250,11 @@ impl<'a> Loader<'a> {
         Self { caps, target: Target::Tally(tally), progress: &|_| {}, memory: Memory::Device }
     }
 
+    /// Of the device.
+    pub(super) fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
     /// Whether the checkpoint has a tensor; false where nothing is read.
     pub(super) fn contains(&self, name: &str) -> bool {
         matches!(&self.target, Target::Device(source, _) if source.contains(name))
@@ -321,6 +326,9 @@ impl<'a> Loader<'a> {
         format: WeightFormat,
         bias: bool,
     ) -> Result<Linear> {
+        if format == WeightFormat::W8A8 {
+            return Err(ModelError::Int8Activations { what: "experts only" }.into());
+        }
         let total = padded(rows.iter().map(|r| r.stacked).sum());
         let row_bytes = format.bytes_per_row(cols.stacked());
         let most = self.rows_per_buffer(&rows[0].name, row_bytes, total)?;

@@ -13,6 +13,7 @@ mod mlp;
 mod offload;
 mod regime;
 mod rope;
+mod routed_experts;
 mod scratch;
 mod shard;
 mod spec;
@@ -23,7 +24,7 @@ pub use banks::expert_tensors;
 pub use kv_cache::KvCache;
 pub use loader::Precision;
 pub use offload::{cache_slots, expert_bytes};
-pub use regime::{ExpertShape, candidates};
+pub use regime::ExpertShape;
 pub use rope::RopeScaling;
 pub use scratch::{Limits, Scratch, Split, StepInputs, StepShape};
 pub use shard::ExpertShard;
@@ -50,6 +51,12 @@ pub enum ModelError {
         key: String,
         /// What is wrong with it.
         cause: String,
+    },
+    /// int8 activations where they cannot be or bring nothing.
+    #[error("w8a8 is for {what}; use w8a16")]
+    Int8Activations {
+        /// What they are for.
+        what: &'static str,
     },
     /// Room for more experts where there can be none.
     #[error(

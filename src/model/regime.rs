@@ -41,7 +41,7 @@ impl ExpertShape {
     /// measured on this adapter, if it was, else by rule. `activations` are F32 or F16.
     pub fn block_tokens(&self, caps: &Caps, activations: DType, n_tokens: usize) -> usize {
         let measured = caps.tuned.choice(&self.name(caps), n_tokens);
-        let known = measured.filter(|rows| candidates(caps, activations).contains(rows));
+        let known = measured.filter(|rows| self.candidates(caps, activations).contains(rows));
         known.unwrap_or_else(|| self.by_rule(caps, activations, n_tokens))
     }
 
@@ -52,14 +52,23 @@ impl ExpertShape {
         // beats tiles, most of whose rows would be padding; in quarters of a slot that an expert
         // gets on average. Measured on an H200 and on lavapipe.
         let most = if caps.software { 64 } else { 5 };
-        match 4 * n_slots <= (most * self.n_experts).max(32) {
+        let few = 4 * n_slots <= (most * self.n_experts).max(32);
+        // Twins round to int8 in steps of any size, see `Caps::twins`.
+        let always = caps.twins && self.format == WeightFormat::W8A8;
+        match few && !always {
             true => 1,
-            false => ExpertGemm::block_size(caps, activations, n_slots, self.n_experts),
+            false => ExpertGemm::block_size(caps, self.input(activations), n_slots, self.n_experts),
         }
     }
-}
 
-/// Everything that [`ExpertShape::block_tokens`] can be, in ascending order.
-pub fn candidates(caps: &Caps, activations: DType) -> Vec<usize> {
-    [&[1], ExpertGemm::block_sizes(caps, activations)].concat()
+    /// Everything that [`ExpertShape::block_tokens`] can be, in ascending order.
+    pub fn candidates(&self, caps: &Caps, activations: DType) -> Vec<usize> {
+        [&[1], ExpertGemm::block_sizes(caps, self.input(activations))].concat()
+    }
+
+    /// What blocks of rows are multiplied in: the activations' type, or int8 that they are rounded
+    /// to. Without blocks nothing is rounded, since reading weights is what takes the time.
+    pub(super) fn input(&self, activations: DType) -> DType {
+        if self.format == WeightFormat::W8A8 { DType::I8 } else { activations }
+    }
 }

@@ -5,12 +5,13 @@ use crate::{
     Result,
     device::{Allocate, Caps, DType, Tensor},
     kernels::{
-        Aligned, AttentionParts, CountExperts, Logprobs, PREFILL_TILE, Route, Sample, SamplingRow,
+        Aligned, AttentionParts, CountExperts, Logprobs, PREFILL_TILE, QuantizeRows, Route, Sample,
+        SamplingRow,
     },
-    weights::{PAD, padded},
+    weights::{PAD, WeightFormat, padded},
 };
 
-use super::{FfnSpec, ModelSpec, experts::BLOCK_SIZES, kv_cache::head_stride};
+use super::{FfnSpec, ModelSpec, Precision, kv_cache::head_stride, routed_experts::BLOCK_SIZES};
 
 /// The largest step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,6 +149,8 @@ pub(super) struct Buffers {
     both: Tensor,
     /// Their gated product, flat.
     inner: Tensor,
+    /// Rows that experts multiply in int8, flat; see [`Buffers::quantized`].
+    quantized: Option<Tensor>,
     /// Outputs per expert slot. `[max_tokens * top_k, hidden]`
     pub(super) slots_hidden: Tensor,
     /// Sorted tokens of the aligned regime.
@@ -214,6 +217,12 @@ impl Buffers {
     pub(super) fn gated(&self, n: usize, width: usize) -> (Tensor, Tensor) {
         let width = padded(width);
         (self.both.reshape(&[n, 2 * width]), self.inner.reshape(&[n, width]))
+    }
+
+    /// Rows of `cols` in int8, with their scales. I8 `[n, QuantizeRows::width(cols)]`
+    pub(super) fn quantized(&self, n: usize, cols: usize) -> Tensor {
+        let quantized = self.quantized.expect("allocated for experts that multiply in int8");
+        quantized.reshape(&[n, QuantizeRows::width(cols)])
     }
 }
 
@@ -291,7 +300,7 @@ impl Limits {
 }
 
 impl Scratch {
-    /// Allocates everything for steps up to `limits`, with `activations` in F32 or F16.
+    /// Allocates everything for steps up to `limits` of a model in `precision`.
     ///
     /// # Errors
     /// [`crate::device::DeviceError`] where it does not fit.
@@ -299,7 +308,7 @@ impl Scratch {
         device: &mut dyn Allocate,
         spec: &ModelSpec,
         limits: &Limits,
-        activations: DType,
+        precision: Precision,
     ) -> Result<Self> {
         let (n, m) = (limits.max_tokens, limits.max_logits);
         let vocab = padded(spec.vocab_size);
@@ -346,7 +355,7 @@ impl Scratch {
             counts: device.alloc("token counts", &counts, DType::U32)?,
             sample_scratch: device.alloc("sample scratch", &[m, vocab], DType::F32)?,
             sample_slices: Sample::alloc_slices(device, m, spec.vocab_size)?,
-            buffers: Buffers::alloc(device, spec, limits, activations)?,
+            buffers: Buffers::alloc(device, spec, limits, precision)?,
         })
     }
 }
@@ -356,9 +365,9 @@ impl Buffers {
         device: &mut dyn Allocate,
         spec: &ModelSpec,
         limits: &Limits,
-        act: DType,
+        precision: Precision,
     ) -> Result<Self> {
-        let n = limits.max_tokens;
+        let (n, act) = (limits.max_tokens, precision.activations);
         let hidden = padded(spec.hidden_size);
         let a = &spec.attention;
         let (head, widths) = (head_stride(spec), Widths::of(spec));
@@ -395,6 +404,15 @@ impl Buffers {
             0 => None,
             e => Some(Aligned::alloc(device, n, widths.top_k, e, BLOCK_SIZES)?),
         };
+        // Of the experts' first product, then of their second.
+        let rows = [(1, hidden), (widths.top_k, widths.inner)];
+        let bytes = rows.map(|(n, cols)| cols + n * QuantizeRows::width(0));
+        let quantized = match precision.experts {
+            WeightFormat::W8A8 => {
+                Some(device.alloc("int8 rows", &[n, bytes[0].max(bytes[1])], DType::I8)?)
+            }
+            _ => None,
+        };
         let mut alloc = |what, cols, dtype| device.alloc(what, &[n, cols], dtype);
         Ok(Self {
             residual: alloc("residual", hidden, DType::F32)?,
@@ -404,6 +422,7 @@ impl Buffers {
             attention: alloc("attention", heads, act)?,
             both: alloc("gate and up", 2 * widths.inner, act)?,
             inner: alloc("gated", widths.inner, act)?,
+            quantized,
             slots_hidden: device.alloc("expert outputs", &[slots, hidden], act)?,
             local_ids: device.alloc("local expert ids", &[slots], DType::I32)?,
             slot_ids: device.alloc("slots of experts", &[slots], DType::I32)?,

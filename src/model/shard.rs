@@ -13,9 +13,9 @@ use crate::{
 use super::{
     Limits, ModelSpec, Precision,
     banks::{BankShape, names},
-    experts::RoutedExperts,
     loader::Loader,
     offload::Home,
+    routed_experts::RoutedExperts,
     scratch::Buffers,
 };
 
@@ -58,7 +58,7 @@ impl ExpertShard {
         layout: &ExpertLayout,
     ) -> Result<Self> {
         let limits = Limits { max_logits: 1, ..*limits };
-        let buffers = Buffers::alloc(&mut device, spec, &limits, precision.activations)?;
+        let buffers = Buffers::alloc(&mut device, spec, &limits, precision)?;
         let slots = layout.slots.filter(|_| matches!(device, Device::Gpu(_)));
         let layout = ExpertLayout { slots, ..layout.clone() };
         let mut loader = Loader::new(source, &mut device, &|_| {});

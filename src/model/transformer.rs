@@ -11,12 +11,13 @@ use crate::{
 use super::{
     FfnSpec, KvCache, ModelSpec, MoeSpec, Precision, Scratch, Split, StepInputs, StepShape,
     attention::Attention,
-    experts::{Experts, RoutedExperts},
+    experts::Experts,
     linear::{Input, Linear},
     loader::{Cols, Loader, Rows},
     mlp::Mlp,
     regime::ExpertShape,
     rope::rope_table,
+    routed_experts::RoutedExperts,
     scratch::Buffers,
 };
 

@@ -34,6 +34,9 @@ pub enum WeightFormat {
         /// Columns that share a scale (32, 64 or 128); `None`: all columns of an output channel.
         group: Option<usize>,
     },
+    /// int8 weights with one scale per output channel, packed as [`WeightFormat::W8`], for
+    /// activations that are rounded to int8, too, where that makes products faster.
+    W8A8,
     /// int4 weights for f16 activations: w = q x scale, q in -8..=7, two's complement. Four bytes
     /// hold eight columns: the first four in their lower halves, the others in their upper ones.
     W4 {
@@ -70,6 +73,7 @@ impl fmt::Display for WeightFormat {
             Self::F16 => f.pad("f16"),
             Self::W8 { group: None } => f.pad("w8a16"),
             Self::W8 { group: Some(group) } => f.pad(&format!("w8a16-g{group}")),
+            Self::W8A8 => f.pad("w8a8"),
             Self::W4 { group } => f.pad(&format!("w4a16-g{group}")),
         }
     }
@@ -77,12 +81,13 @@ impl fmt::Display for WeightFormat {
 
 impl WeightFormat {
     /// Every format, from the widest to the narrowest.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::F32,
         Self::F16,
         Self::W8 { group: Some(32) },
         Self::W8 { group: Some(64) },
         Self::W8 { group: Some(128) },
+        Self::W8A8,
         Self::W8 { group: None },
         Self::W4 { group: 32 },
         Self::W4 { group: 64 },
@@ -94,14 +99,14 @@ impl WeightFormat {
         match self {
             Self::F32 => 32,
             Self::F16 => 16,
-            Self::W8 { .. } => 8,
+            Self::W8 { .. } | Self::W8A8 => 8,
             Self::W4 { .. } => 4,
         }
     }
 
     /// Whether weights are integers with scales.
     pub fn is_quantized(&self) -> bool {
-        matches!(self, Self::W8 { .. } | Self::W4 { .. })
+        !matches!(self, Self::F32 | Self::F16)
     }
 
     /// Elements of a checkpoint whose bytes are packed in this way.
@@ -109,7 +114,7 @@ impl WeightFormat {
         match self {
             Self::F32 => SourceDtype::F32,
             Self::F16 => SourceDtype::F16,
-            Self::W8 { .. } => SourceDtype::I8,
+            Self::W8 { .. } | Self::W8A8 => SourceDtype::I8,
             Self::W4 { .. } => SourceDtype::I4,
         }
     }
@@ -123,8 +128,16 @@ impl WeightFormat {
     pub fn scales_per_row(&self, cols: usize) -> usize {
         match self {
             Self::F32 | Self::F16 => 0,
-            Self::W8 { group: None } => 1,
+            Self::W8 { group: None } | Self::W8A8 => 1,
             Self::W8 { group: Some(group) } | Self::W4 { group } => cols.div_ceil(*group),
+        }
+    }
+
+    /// Columns of int8 that share a scale in a row of `cols`, at least one.
+    fn int8_group(&self, cols: usize) -> usize {
+        match self {
+            Self::W8 { group: Some(group) } => *group,
+            _ => cols.max(1),
         }
     }
 
@@ -194,8 +207,8 @@ impl WeightFormat {
             Self::F16 => {
                 bytes.as_chunks().0.iter().map(|&e| f16::from_le_bytes(e).to_f32()).collect()
             }
-            Self::W8 { group } => {
-                let groups = bytes.chunks(group.unwrap_or(cols).max(1)).zip(scales);
+            Self::W8 { .. } | Self::W8A8 => {
+                let groups = bytes.chunks(self.int8_group(cols)).zip(scales);
                 groups.flat_map(|(q, &s)| q.iter().map(move |&q| f32::from(q as i8) * s)).collect()
             }
             Self::W4 { group } => {
@@ -263,8 +276,8 @@ impl<F: Fn(usize, &mut [f32]) + Sync> Task<'_, F> {
             match self.format {
                 WeightFormat::F32 => encode_f32(&values, weights),
                 WeightFormat::F16 => encode_f16(&values, weights),
-                WeightFormat::W8 { group } => {
-                    let group = group.unwrap_or(self.cols).max(1);
+                WeightFormat::W8 { .. } | WeightFormat::W8A8 => {
+                    let group = self.format.int8_group(self.cols);
                     let groups = values.chunks(group).zip(weights.chunks_mut(group));
                     for ((values, weights), scale) in groups.zip(scales) {
                         *scale = pack_int8(values, weights);
@@ -310,7 +323,7 @@ fn encode_f16(values: &[f32], out: &mut [u8]) {
 mod tests {
     use super::*;
 
-    const FORMATS: [WeightFormat; 9] = WeightFormat::ALL;
+    const FORMATS: [WeightFormat; 10] = WeightFormat::ALL;
 
     /// Uneven values with an outlier in every eleventh column and a row of zeros.
     fn value(row: usize, col: usize) -> f32 {
@@ -346,8 +359,11 @@ mod tests {
     #[test]
     fn sizes_of_odd_widths() {
         assert_eq!([0, 1, 24, 32, 33, 100].map(padded), [0, 32, 32, 32, 64, 128]);
-        assert_eq!(FORMATS.map(|f| f.bytes_per_row(33)), [256, 128, 64, 64, 64, 64, 32, 32, 32]);
-        assert_eq!(FORMATS.map(|f| f.scales_per_row(100)), [0, 0, 4, 2, 1, 1, 4, 2, 1]);
+        assert_eq!(
+            FORMATS.map(|f| f.bytes_per_row(33)),
+            [256, 128, 64, 64, 64, 64, 64, 32, 32, 32]
+        );
+        assert_eq!(FORMATS.map(|f| f.scales_per_row(100)), [0, 0, 4, 2, 1, 1, 1, 4, 2, 1]);
         for cols in 1..300 {
             for group in [32, 64, 128] {
                 // No padded column lies in a group without a scale.
@@ -371,8 +387,8 @@ mod tests {
                         let bound = match format {
                             WeightFormat::F32 => 0.0,
                             WeightFormat::F16 => exact.abs() / 2048.0 + 3e-8,
-                            WeightFormat::W8 { group } => {
-                                scales[col / group.unwrap_or(cols)] * 0.500_01
+                            WeightFormat::W8 { .. } | WeightFormat::W8A8 => {
+                                scales[col / format.int8_group(cols)] * 0.500_01
                             }
                             // The positive end of the range is one step short.
                             WeightFormat::W4 { group } => scales[col / group].abs() * 1.000_01,

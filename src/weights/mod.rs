@@ -213,7 +213,7 @@ pub enum WeightsError {
     },
     /// The text of a weight format that does not exist.
     #[error(
-        "{text:?} is no weight format; use f32, f16, w8a16, or w8a16-g32, -g64, -g128, or \
+        "{text:?} is no weight format; use f32, f16, w8a8, w8a16, or w8a16-g32, -g64, -g128, or \
          w4a16-g32, -g64, -g128"
     )]
     Format {
