@@ -52,7 +52,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     atomicMax(&largest, max(max(bits.x, bits.y), max(bits.z, bits.w)));
     workgroupBarrier();
     let most = atomicLoad(&largest);
-    let inverse = 127.0 / bitcast<f32>(most);
+    // Not 127 / most: adapters divide by inverting, and that of the largest numbers would be zero.
+    let scale = bitcast<f32>(most) * (1.0 / 127.0);
+    let inverse = 1.0 / scale;
     let finite = most >= TINY && most < INFINITE;
     let base = row * (p.cols4 + 4u);
     for (var i = lid; i < p.cols4; i += THREADS) {
@@ -61,7 +63,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     if (lid == 0u) {
         // Zero times that of a row which is not finite is not a number, nor are its sums.
-        let scale = select(0.0, bitcast<f32>(most) * (1.0 / 127.0), most >= TINY);
-        out[base + p.cols4] = bitcast<u32>(scale);
+        out[base + p.cols4] = bitcast<u32>(select(0.0, scale, most >= TINY));
     }
 }

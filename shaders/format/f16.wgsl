@@ -5,6 +5,3 @@ fn weight4(chunk: vec4<u32>, i: u32) -> vec4<f32> {
 }
 fn weight_scale(row: u32, chunk: u32) -> f32 { return 1.0; }
 fn scale_is_per_row() -> bool { return true; }
-// Weights plus OFFSET, see the integer formats.
-const OFFSET: f32 = 0.0;
-fn shifted4(chunk: vec4<u32>, i: u32) -> vec4<f32> { return weight4(chunk, i); }

@@ -29,8 +29,6 @@ override NORM: bool = false;
 // This thread's part of the sums, [TOKENS, SETS].
 var<private> dots: array<vec4<f32>, 16>;
 var<private> squares: array<f32, 8>;
-// The part of `dots` that comes of OFFSET.
-var<private> offsets: array<f32, 8>;
 
 // Sums over SUBLANES threads. [THREADS / SUBLANES, TOKENS * SETS] and [.., TOKENS]
 var<workgroup> part_dots: array<vec4<f32>, 256>;
@@ -52,7 +50,6 @@ fn add_vec4(w: Quad, u: Quad, i: u32, x_row: u32, n_live: u32, c: u32) {
         if (SETS == 2u) {
             dots[1] = add_products(dots[1], up_rows, u.scale, x);
         }
-        add_offset(0u, x);
         return;
     }
     for (var t = 0u; t < select(TOKENS, n_live, SHORT); t++) {
@@ -61,34 +58,17 @@ fn add_vec4(w: Quad, u: Quad, i: u32, x_row: u32, n_live: u32, c: u32) {
         if (SETS == 2u) {
             dots[t * SETS + 1u] = add_products(dots[t * SETS + 1u], up_rows, u.scale, x);
         }
-        add_offset(t, x);
     }
 }
 
 fn add_products(sum: vec4<f32>, rows: mat4x4<f32>, scale: vec4<f32>, x: vec4<f32>) -> vec4<f32> {
-    if (SHORT) {
+    if (SHORT || !scale_is_per_row()) {
         return sum + scale * (x * rows);
     }
-    if (scale_is_per_row()) {
-        return add_columns(sum, rows, x);
-    }
-    return sum + scale * add_columns(vec4(-OFFSET * dot(x, vec4(1.0))), rows, x);
-}
-
-// sum + x * rows, where integers have their columns in the order of shifted4.
-fn add_columns(sum: vec4<f32>, rows: mat4x4<f32>, x: vec4<f32>) -> vec4<f32> {
-    var v = x;
-    if (CHUNK >= 16u) {
-        v = x.xzyw;
-    }
+    // GPUs multiply and add in one operation, also what the sum begins with.
     let r = transpose(rows);
-    return fma(vec4(v.w), r[3], fma(vec4(v.z), r[2], fma(vec4(v.y), r[1], fma(vec4(v.x), r[0], sum))));
-}
-
-fn add_offset(t: u32, x: vec4<f32>) {
-    if (!SHORT && OFFSET != 0.0 && scale_is_per_row()) {
-        offsets[t] += OFFSET * dot(x, vec4(1.0));
-    }
+    let half = fma(vec4(x.y), r[1], fma(vec4(x.x), r[0], sum));
+    return fma(vec4(x.w), r[3], fma(vec4(x.z), r[2], half));
 }
 
 // A chunk of each of four neighbouring rows.
@@ -109,12 +89,8 @@ fn load_quad(row: u32, c: u32) -> Quad {
     return Quad(weights[at], weights[at + 1u], weights[at + 2u], weights[at + 3u], scale);
 }
 
-// Vec4 `i` of each row, as columns; unless SHORT plus OFFSET.
+// Vec4 `i` of each row, as columns.
 fn quad_vec4(quad: Quad, i: u32) -> mat4x4<f32> {
-    if (!SHORT) {
-        return mat4x4(shifted4(quad.c0, i), shifted4(quad.c1, i), shifted4(quad.c2, i),
-                      shifted4(quad.c3, i));
-    }
     return mat4x4(weight4(quad.c0, i), weight4(quad.c1, i), weight4(quad.c2, i),
                   weight4(quad.c3, i));
 }
@@ -155,7 +131,6 @@ fn dot_rows(row: u32, up_row: u32, x_row: u32, n_live: u32, lane: u32) {
     }
     for (var t = 0u; t < TOKENS; t++) {
         squares[t] = 0.0;
-        offsets[t] = 0.0;
     }
     if (CHUNKS > 0u) {
         for (var i = 0u; i < CHUNKS / LANES; i++) {
@@ -172,12 +147,12 @@ fn dot_rows(row: u32, up_row: u32, x_row: u32, n_live: u32, lane: u32) {
     if (scale_is_per_row()) {
         let scale = scales4(row, 0u);
         for (var t = 0u; t < TOKENS; t++) {
-            dots[t * SETS] = (dots[t * SETS] - offsets[t]) * scale;
+            dots[t * SETS] *= scale;
         }
         if (SETS == 2u) {
             let up_scale = scales4(up_row, 0u);
             for (var t = 0u; t < TOKENS; t++) {
-                dots[t * SETS + 1u] = (dots[t * SETS + 1u] - offsets[t]) * up_scale;
+                dots[t * SETS + 1u] *= up_scale;
             }
         }
     }

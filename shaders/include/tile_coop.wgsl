@@ -28,9 +28,14 @@ const TILE_ROWS: u32 = 4u / SG_M * SUM_COLS;
 // Columns at a time: in groups of eight, and chunks of packed weights in a row.
 const STEP8: u32 = min(STEP, CHUNK * 8u) / 8u;
 const STEP_CHUNKS: u32 = STEP8 * 8u / CHUNK;
-// Steps that are loaded together. More bytes are under way with two, but of large tiles they do not
-// fit into the registers.
-const AHEAD: u32 = select(2u, 1u, TILE_TOKENS > 64u);
+// Steps that are loaded together. More bytes are under way with two, but beside the sums of large
+// tiles, or scales of groups, there are no registers for them.
+fn ahead() -> u32 {
+    if (TILE_TOKENS <= 64u && scale_is_per_row()) {
+        return 2u;
+    }
+    return 1u;
+}
 // From row to row in vec4s. With an odd number of groups eight rows lie in different memory banks.
 const STRIDE: u32 = 2u * STEP8 + 2u;
 // Rows that all threads load together, and loads per thread and step.
@@ -118,7 +123,7 @@ fn stage_x(i: u32, v: vec4<u32>, chunk: u32, lid: u32) {
     }
 }
 
-// Four activations, in the order in which shifted4 has integers.
+// Four activations, in the order in which int_halves has weights.
 fn x_order(halves: vec2<u32>) -> vec4<f16> {
     let v = vec4<f16>(vec4(unpack2x16float(halves.x), unpack2x16float(halves.y)));
     if (CHUNK >= 16u) {
@@ -127,13 +132,31 @@ fn x_order(halves: vec2<u32>) -> vec4<f16> {
     return v;
 }
 
+// Four integers as f16, of columns 0, 2, 1, 3, as weight4 makes them.
+fn int_halves(chunk: vec4<u32>, i: u32) -> vec4<f16> {
+    var q = chunk[i % 4u];
+    var mask = 0x00ff00ffu;
+    var zero = 0x64806480u;
+    if (CHUNK == 32u) {
+        q = chunk[i / 2u] >> (i % 2u * 4u);
+        mask = 0x000f000fu;
+        zero = 0x64086408u;
+    }
+    mask += p.n_chunks >> 31u;
+    let even = unpack2x16float((q & mask) ^ zero);
+    let odd = unpack2x16float(((q >> 8u) & mask) ^ zero);
+    return vec4<f16>(vec4(even, odd)) - vec2<f16>(unpack2x16float(zero)).x;
+}
+
 // Scales of groups are rounded to f16, which is little beside the rounding of integers.
 fn weight_halves(chunk: vec4<u32>, i: u32, scale: f32) -> vec4<f16> {
-    let w = vec4<f16>(shifted4(chunk, i)) - f16(OFFSET);
-    if (scale_is_per_row()) {
-        return w;
+    if (CHUNK < 16u) {
+        return vec4<f16>(weight4(chunk, i));
     }
-    return w * f16(scale);
+    if (scale_is_per_row()) {
+        return int_halves(chunk, i);
+    }
+    return int_halves(chunk, i) * f16(scale);
 }
 
 fn stage_w(i: u32, v: vec4<u32>, row: u32, chunk: u32, lid: u32) {
@@ -192,14 +215,14 @@ fn store_pair(m0: MatrixSum, m1: MatrixSum, token: u32, feature: u32, lid: u32) 
 }
 
 // Passes a row of matrices to `store`, tokens that begin `token` after the subgroup's first.
-fn store_row(r: Row, token: u32, lid: u32) {
+fn store_row(m0: MatrixSum, m1: MatrixSum, m2: MatrixSum, m3: MatrixSum, token: u32, lid: u32) {
     if (GATED && FN > 2u) {
-        store_pair(r.c0, r.c2, token, 0u, lid);
-        store_pair(r.c1, r.c3, token, EDGE, lid);
+        store_pair(m0, m2, token, 0u, lid);
+        store_pair(m1, m3, token, EDGE, lid);
     } else {
-        store_pair(r.c0, r.c1, token, 0u, lid);
+        store_pair(m0, m1, token, 0u, lid);
         if (FN > 2u) {
-            store_pair(r.c2, r.c3, token, 2u * EDGE, lid);
+            store_pair(m2, m3, token, 2u * EDGE, lid);
         }
     }
 }
@@ -269,50 +292,62 @@ fn x_place(k: u32) -> u32 { return k % X_STEPS * QUADS; }
 fn w_place(k: u32) -> u32 { return k % X_STEPS * QUADS + k / X_STEPS * REST; }
 
 
-// A subgroup's sums of a row of matrices, and the weights for it. FN of them.
-struct Row { c0: MatrixSum, c1: MatrixSum, c2: MatrixSum, c3: MatrixSum }
-struct Weights { b0: MatrixW, b1: MatrixW, b2: MatrixW, b3: MatrixW }
-
-// A subgroup's sums: FM rows.
-struct Sums { r0: Row, r1: Row, r2: Row, r3: Row }
-
-fn load_weights(w_to: u32) -> Weights {
-    var w: Weights;
-    w.b0 = w_matrix(w_to);
-    w.b1 = w_matrix(w_to + EDGE * STRIDE);
-    if (FN > 2u) {
-        w.b2 = w_matrix(w_to + 2u * EDGE * STRIDE);
-        w.b3 = w_matrix(w_to + 3u * EDGE * STRIDE);
-    }
-    return w;
-}
-
-fn add_row(sums: Row, x_to: u32, w: Weights, lid: u32) -> Row {
-    let a = x_matrix(x_to, lid);
-    var r = sums;
-    r.c0 = coopMultiplyAdd(a, w.b0, r.c0);
-    r.c1 = coopMultiplyAdd(a, w.b1, r.c1);
-    if (FN > 2u) {
-        r.c2 = coopMultiplyAdd(a, w.b2, r.c2);
-        r.c3 = coopMultiplyAdd(a, w.b3, r.c3);
-    }
-    return r;
+// A subgroup's sums, FM x FN of them.
+struct Sums {
+    c00: MatrixSum, c01: MatrixSum, c02: MatrixSum, c03: MatrixSum,
+    c10: MatrixSum, c11: MatrixSum, c12: MatrixSum, c13: MatrixSum,
+    c20: MatrixSum, c21: MatrixSum, c22: MatrixSum, c23: MatrixSum,
+    c30: MatrixSum, c31: MatrixSum, c32: MatrixSum, c33: MatrixSum,
 }
 
 // Adds the products of what is staged.
 fn multiply(s: ptr<function, Sums>, x_at: u32, w_at: u32, lid: u32) {
     for (var k = 0u; k < K_STEPS; k++) {
-        let w = load_weights(w_at + w_place(k));
+        let w_to = w_at + w_place(k);
         let x_to = x_at + x_place(k);
-        (*s).r0 = add_row((*s).r0, x_to, w, lid);
+        let b0 = w_matrix(w_to);
+        let b1 = w_matrix(w_to + EDGE * STRIDE);
+        var b2: MatrixW;
+        var b3: MatrixW;
+        if (FN > 2u) {
+            b2 = w_matrix(w_to + 2u * EDGE * STRIDE);
+            b3 = w_matrix(w_to + 3u * EDGE * STRIDE);
+        }
+        {
+            let a = x_matrix(x_to, lid);
+            (*s).c00 = coopMultiplyAdd(a, b0, (*s).c00);
+            (*s).c01 = coopMultiplyAdd(a, b1, (*s).c01);
+            if (FN > 2u) {
+                (*s).c02 = coopMultiplyAdd(a, b2, (*s).c02);
+                (*s).c03 = coopMultiplyAdd(a, b3, (*s).c03);
+            }
+        }
         if (FM > 1u) {
-            (*s).r1 = add_row((*s).r1, x_to + M_STEP * STRIDE, w, lid);
+            let a = x_matrix(x_to + M_STEP * STRIDE, lid);
+            (*s).c10 = coopMultiplyAdd(a, b0, (*s).c10);
+            (*s).c11 = coopMultiplyAdd(a, b1, (*s).c11);
+            if (FN > 2u) {
+                (*s).c12 = coopMultiplyAdd(a, b2, (*s).c12);
+                (*s).c13 = coopMultiplyAdd(a, b3, (*s).c13);
+            }
         }
         if (FM > 2u) {
-            (*s).r2 = add_row((*s).r2, x_to + 2u * M_STEP * STRIDE, w, lid);
+            let a = x_matrix(x_to + 2u * M_STEP * STRIDE, lid);
+            (*s).c20 = coopMultiplyAdd(a, b0, (*s).c20);
+            (*s).c21 = coopMultiplyAdd(a, b1, (*s).c21);
+            if (FN > 2u) {
+                (*s).c22 = coopMultiplyAdd(a, b2, (*s).c22);
+                (*s).c23 = coopMultiplyAdd(a, b3, (*s).c23);
+            }
         }
         if (FM > 3u) {
-            (*s).r3 = add_row((*s).r3, x_to + 3u * M_STEP * STRIDE, w, lid);
+            let a = x_matrix(x_to + 3u * M_STEP * STRIDE, lid);
+            (*s).c30 = coopMultiplyAdd(a, b0, (*s).c30);
+            (*s).c31 = coopMultiplyAdd(a, b1, (*s).c31);
+            if (FN > 2u) {
+                (*s).c32 = coopMultiplyAdd(a, b2, (*s).c32);
+                (*s).c33 = coopMultiplyAdd(a, b3, (*s).c33);
+            }
         }
     }
 }
@@ -320,11 +355,33 @@ fn multiply(s: ptr<function, Sums>, x_at: u32, w_at: u32, lid: u32) {
 // The same for the first half of the tokens.
 fn multiply_half(s: ptr<function, Sums>, x_at: u32, w_at: u32, lid: u32) {
     for (var k = 0u; k < K_STEPS; k++) {
-        let w = load_weights(w_at + w_place(k));
+        let w_to = w_at + w_place(k);
         let x_to = x_at + x_place(k);
-        (*s).r0 = add_row((*s).r0, x_to, w, lid);
+        let b0 = w_matrix(w_to);
+        let b1 = w_matrix(w_to + EDGE * STRIDE);
+        var b2: MatrixW;
+        var b3: MatrixW;
+        if (FN > 2u) {
+            b2 = w_matrix(w_to + 2u * EDGE * STRIDE);
+            b3 = w_matrix(w_to + 3u * EDGE * STRIDE);
+        }
+        {
+            let a = x_matrix(x_to, lid);
+            (*s).c00 = coopMultiplyAdd(a, b0, (*s).c00);
+            (*s).c01 = coopMultiplyAdd(a, b1, (*s).c01);
+            if (FN > 2u) {
+                (*s).c02 = coopMultiplyAdd(a, b2, (*s).c02);
+                (*s).c03 = coopMultiplyAdd(a, b3, (*s).c03);
+            }
+        }
         if (FM > 2u) {
-            (*s).r1 = add_row((*s).r1, x_to + M_STEP * STRIDE, w, lid);
+            let a = x_matrix(x_to + M_STEP * STRIDE, lid);
+            (*s).c10 = coopMultiplyAdd(a, b0, (*s).c10);
+            (*s).c11 = coopMultiplyAdd(a, b1, (*s).c11);
+            if (FN > 2u) {
+                (*s).c12 = coopMultiplyAdd(a, b2, (*s).c12);
+                (*s).c13 = coopMultiplyAdd(a, b3, (*s).c13);
+            }
         }
     }
 }
@@ -338,7 +395,7 @@ fn tile(first: u32, last: u32, lid: u32) {
     let at = places(first, last, lid);
     var next = load(at, 0u, lid);
     var after: Loads;
-    if (AHEAD > 1u) {
+    if (ahead() > 1u) {
         after = load(at, STEP_CHUNKS, lid);
     }
     if (scale_is_per_row()) {
@@ -350,17 +407,17 @@ fn tile(first: u32, last: u32, lid: u32) {
     }
     let whole = workgroupUniformLoad(&halved) == 0u;
     if (whole) {
-        for (var chunk = 0u; chunk < p.n_chunks; chunk += AHEAD * STEP_CHUNKS) {
+        for (var chunk = 0u; chunk < p.n_chunks; chunk += ahead() * STEP_CHUNKS) {
             stage(next, at, chunk, lid);
             workgroupBarrier();
             let second = after;
-            next = load(at, chunk + AHEAD * STEP_CHUNKS, lid);
-            if (AHEAD > 1u) {
+            next = load(at, chunk + ahead() * STEP_CHUNKS, lid);
+            if (ahead() > 1u) {
                 after = load(at, chunk + 3u * STEP_CHUNKS, lid);
             }
             multiply(&s, x_at, w_at, lid);
             workgroupBarrier();
-            if (AHEAD > 1u) {
+            if (ahead() > 1u) {
                 stage(second, at, chunk + STEP_CHUNKS, lid);
                 workgroupBarrier();
                 multiply(&s, x_at, w_at, lid);
@@ -368,17 +425,17 @@ fn tile(first: u32, last: u32, lid: u32) {
             }
         }
     } else {
-        for (var chunk = 0u; chunk < p.n_chunks; chunk += AHEAD * STEP_CHUNKS) {
+        for (var chunk = 0u; chunk < p.n_chunks; chunk += ahead() * STEP_CHUNKS) {
             stage(next, at, chunk, lid);
             workgroupBarrier();
             let second = after;
-            next = load(at, chunk + AHEAD * STEP_CHUNKS, lid);
-            if (AHEAD > 1u) {
+            next = load(at, chunk + ahead() * STEP_CHUNKS, lid);
+            if (ahead() > 1u) {
                 after = load(at, chunk + 3u * STEP_CHUNKS, lid);
             }
             multiply_half(&s, x_at, w_at, lid);
             workgroupBarrier();
-            if (AHEAD > 1u) {
+            if (ahead() > 1u) {
                 stage(second, at, chunk + STEP_CHUNKS, lid);
                 workgroupBarrier();
                 multiply_half(&s, x_at, w_at, lid);
@@ -386,14 +443,14 @@ fn tile(first: u32, last: u32, lid: u32) {
             }
         }
     }
-    store_row(s.r0, 0u, lid);
+    store_row(s.c00, s.c01, s.c02, s.c03, 0u, lid);
     if ((FM > 1u) & (whole | (FM > 2u))) {
-        store_row(s.r1, M_STEP, lid);
+        store_row(s.c10, s.c11, s.c12, s.c13, M_STEP, lid);
     }
     if ((FM > 2u) & whole) {
-        store_row(s.r2, 2u * M_STEP, lid);
+        store_row(s.c20, s.c21, s.c22, s.c23, 2u * M_STEP, lid);
     }
     if ((FM > 3u) & whole) {
-        store_row(s.r3, 3u * M_STEP, lid);
+        store_row(s.c30, s.c31, s.c32, s.c33, 3u * M_STEP, lid);
     }
 }

@@ -290,8 +290,9 @@ mod tests {
 
     #[test]
     fn f16_activations() {
-        // f16 outputs differ by a rounding step of 2^-11, hence the wider bound.
-        for (dtype, tolerance) in [(F32, 1e-7), (F16, 1e-6)] {
+        // Cooperative matrices round the scales of groups to f16, by 2^-11 at most, and outputs in
+        // f16 differ by a rounding step, hence the wider bounds.
+        for (dtype, tolerance) in [(F32, 2e-7), (F16, 1e-6)] {
             check(tolerance, |bench, rec| {
                 for format in [FORMATS[1], FORMATS[3], FORMATS[5]] {
                     let weights = bench.matrix(format, 1, 96, 100);

@@ -78,7 +78,7 @@ pub enum FilesError {
         dir: PathBuf,
     },
     /// A model without a tokenizer was asked for text.
-    #[error("{dir:?} has no tokenizer.json, so it has no text; bench works without one")]
+    #[error("{dir:?} has no tokenizer.json; only bench --load-format dummy does without")]
     NoTokenizer {
         /// The model's directory.
         dir: PathBuf,
