@@ -291,7 +291,6 @@ const K_STEPS: u32 = X_STEPS * (1u + 4u / CHUNK);
 fn x_place(k: u32) -> u32 { return k % X_STEPS * QUADS; }
 fn w_place(k: u32) -> u32 { return k % X_STEPS * QUADS + k / X_STEPS * REST; }
 
-
 // A subgroup's sums, FM x FN of them.
 struct Sums {
     c00: MatrixSum, c01: MatrixSum, c02: MatrixSum, c03: MatrixSum,
