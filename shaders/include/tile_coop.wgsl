@@ -30,6 +30,7 @@ const STEP8: u32 = min(STEP, CHUNK * 8u) / 8u;
 const STEP_CHUNKS: u32 = STEP8 * 8u / CHUNK;
 // Steps that are loaded together. More bytes are under way with two, but beside the sums of large
 // tiles, or scales of groups, there are no registers for them.
+// What follows the last step is loaded in vain: with a branch, loads would not overlap products.
 fn ahead() -> u32 {
     if (TILE_TOKENS <= 64u && scale_is_per_row()) {
         return 2u;
