@@ -158,25 +158,64 @@ fn dot_rows(row: u32, up_row: u32, x_row: u32, n_live: u32, lane: u32) {
     }
 }
 
+// Whether threads of a subgroup share out the sums while they add up.
+fn sums_halve() -> bool {
+    return CAN_PASS && SUBLANES >= TOKENS * SETS;
+}
+
+// Whether sums pass through workgroup memory.
+fn sums_staged() -> bool {
+    return SHARE > SUBLANES || (sums_halve() && TOKENS * SETS > 1u);
+}
+
+// Of the first 2 * half sums a thread keeps its half, to which its neighbour adds, and passes its
+// parts of the other half on.
+fn halve_dots(half: u32, lid: u32) {
+    if (half >= TOKENS * SETS) {
+        return;
+    }
+    let step = max(SUBLANES / (TOKENS * SETS), 1u) * half;
+    let upper = (lid & step) != 0u;
+    for (var i = 0u; i < half; i++) {
+        let passed = select(dots[i + half], dots[i], upper);
+        dots[i] = select(dots[i], dots[i + half], upper) + pass4(passed, step);
+    }
+}
+
 // Adds up over SHARE threads. All threads of the workgroup must call it together, once.
 fn sum_dots(lid: u32) {
-    for (var i = 0u; i < TOKENS * SETS; i++) {
-        dots[i] = sum4_lanes(dots[i], lid, SUBLANES);
+    if (sums_halve()) {
+        // So that each step passes half of what the one before did, instead of all sums.
+        halve_dots(8u, lid);
+        halve_dots(4u, lid);
+        halve_dots(2u, lid);
+        halve_dots(1u, lid);
+        let rest = max(SUBLANES / (TOKENS * SETS), 1u);
+        dots[0] = sum4_lanes(dots[0], lid, rest);
+        if (sums_staged() && lid % rest == 0u) {
+            part_dots[lid / rest] = dots[0];
+        }
+    } else {
+        for (var i = 0u; i < TOKENS * SETS; i++) {
+            dots[i] = sum4_lanes(dots[i], lid, SUBLANES);
+        }
+        if (sums_staged() && lid % SUBLANES == 0u) {
+            for (var i = 0u; i < TOKENS * SETS; i++) {
+                part_dots[lid / SUBLANES * (TOKENS * SETS) + i] = dots[i];
+            }
+        }
     }
     if (NORM) {
         for (var t = 0u; t < TOKENS; t++) {
             squares[t] = sum_lanes(squares[t], lid, SUBLANES);
         }
-    }
-    if (SHARE > SUBLANES) {
-        if (lid % SUBLANES == 0u) {
-            for (var i = 0u; i < TOKENS * SETS; i++) {
-                part_dots[lid / SUBLANES * (TOKENS * SETS) + i] = dots[i];
-            }
+        if (sums_staged() && lid % SUBLANES == 0u) {
             for (var t = 0u; t < TOKENS; t++) {
                 part_squares[lid / SUBLANES * TOKENS + t] = squares[t];
             }
         }
+    }
+    if (sums_staged()) {
         workgroupBarrier();
     }
 }
@@ -184,7 +223,7 @@ fn sum_dots(lid: u32) {
 // The complete sums of token t and a set of rows.
 fn dots_of(t: u32, rows: u32, lid: u32) -> vec4<f32> {
     let i = t * SETS + rows;
-    if (SHARE == SUBLANES) {
+    if (!sums_staged()) {
         return dots[i];
     }
     let first = lid / SHARE * (SHARE / SUBLANES);
@@ -197,7 +236,7 @@ fn dots_of(t: u32, rows: u32, lid: u32) -> vec4<f32> {
 
 // The complete sum of the squares of token t.
 fn squares_of(t: u32, lid: u32) -> f32 {
-    if (SHARE == SUBLANES) {
+    if (!sums_staged()) {
         return squares[t];
     }
     let first = lid / SHARE * (SHARE / SUBLANES);

@@ -15,3 +15,10 @@ fn sum_lanes(value: f32, lid: u32, lanes: u32) -> f32 {
     }
     return sum;
 }
+
+// Whether threads can pass values to each other, and the value of the thread whose `step` bit
+// differs.
+const CAN_PASS: bool = true;
+fn pass4(value: vec4<f32>, step: u32) -> vec4<f32> {
+    return subgroupShuffleXor(value, step);
+}

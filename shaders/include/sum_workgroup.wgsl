@@ -22,3 +22,7 @@ fn sum4_lanes(value: vec4<f32>, lid: u32, lanes: u32) -> vec4<f32> {
 fn sum_lanes(value: f32, lid: u32, lanes: u32) -> f32 {
     return sum4_lanes(vec4(value), lid, lanes).x;
 }
+
+// Passing every value through memory would take more barriers than summing it there.
+const CAN_PASS: bool = false;
+fn pass4(value: vec4<f32>, step: u32) -> vec4<f32> { return value; }
