@@ -51,7 +51,7 @@ impl ExpertShape {
         // Without blocks while so few tokens visit an expert that reading weights for each of them
         // beats tiles, most of whose rows would be padding; in quarters of a slot that an expert
         // gets on average. Measured on an H200 and on lavapipe.
-        let most = if caps.software { 64 } else { 5 };
+        let most = if caps.software { 64 } else { 6 };
         let few = 4 * n_slots <= (most * self.n_experts).max(32);
         // Twins round to int8 in steps of any size, see `Caps::twins`.
         let always = caps.twins && self.format == WeightFormat::W8A8;
