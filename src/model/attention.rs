@@ -13,7 +13,8 @@ use super::{
     AttentionSpec, KvCache, ModelSpec, Precision,
     kv_cache::head_stride,
     linear::{Input, Linear},
-    loader::{Cols, Heads, Loader, Rows},
+    loader::Loader,
+    rows::{Cols, Heads, Rows},
     scratch::{Buffers, StepInputs, StepShape},
 };
 

@@ -14,7 +14,8 @@ use crate::{
 
 use super::{
     ModelError, ModelSpec, MoeSpec, Precision,
-    loader::{Cols, Fused, Loader, Rows, pack},
+    loader::Loader,
+    rows::{Cols, Fused, Rows, pack},
 };
 
 /// Weights of a set of experts, gate rows above up rows: (place of the first, matrices).

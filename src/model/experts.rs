@@ -14,9 +14,10 @@ use super::{
     ModelSpec, MoeSpec, Precision, SharedSpec,
     banks::{BankShape, ExpertNames, names},
     linear::Linear,
-    loader::{Cols, Heads, Loader, Rows},
+    loader::Loader,
     mlp::Mlp,
     routed_experts::RoutedExperts,
+    rows::{Cols, Heads, Rows},
     scratch::{Buffers, Routed, StepInputs},
 };
 

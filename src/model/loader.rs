@@ -1,5 +1,5 @@
-//! From a checkpoint's tensors to packed matrices on the device: one tensor in flight, quantised
-//! in parallel. The same code without a device counts the bytes that a model will need.
+//! From a checkpoint's tensors to packed matrices on the device, a few experts in flight. The same
+//! code without a device counts the bytes that a model will need.
 
 use std::{fmt, ops::Range};
 
@@ -7,13 +7,14 @@ use crate::{
     Result,
     device::{Allocate, Caps, DType, Device, DeviceError, Memory, Tally, Tensor},
     kernels::Matrix,
-    weights::{Encoded, PAD, Source, SourceTensor, WeightFormat, WeightsError, padded},
+    weights::{Encoded, PAD, Source, WeightFormat, map_all, padded},
 };
 
-use super::{ModelError, linear::Linear};
-
-/// Weights packed and uploaded at a time, bytes; bounds the host memory of loading.
-const PIECE_BYTES: usize = 32 << 20;
+use super::{
+    ModelError,
+    linear::Linear,
+    rows::{Cols, Heads, PIECE_BYTES, Rows, finite, pack},
+};
 
 /// Number formats of a loaded model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,177 +47,6 @@ impl fmt::Display for Precision {
             false => write!(f, "{experts}/{rest}"),
         }
     }
-}
-
-/// Heads of `dim` values stored `stride` apart, so that kernels read whole vec4s.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Heads {
-    pub(super) dim: usize,
-    pub(super) stride: usize,
-}
-
-impl Heads {
-    /// Index in the checkpoint of padded index `i`, unless that is padding.
-    fn source(self, i: usize) -> Option<usize> {
-        let (head, d) = (i / self.stride, i % self.stride);
-        (d < self.dim).then_some(head * self.dim + d)
-    }
-}
-
-/// Output rows that a stacked matrix takes from one tensor.
-#[derive(Debug, Clone)]
-pub(super) struct Rows {
-    /// Tensor name without `.weight`, or all of it where rows of all experts are fused.
-    name: String,
-    /// The tensor of all experts that the rows are in.
-    fused: Option<Fused>,
-    /// Rows in the checkpoint.
-    rows: usize,
-    /// Rows in the stack; the surplus is zero.
-    stacked: usize,
-    heads: Option<Heads>,
-}
-
-impl Rows {
-    /// All rows of a tensor, padded so that the next one starts at a multiple of [`PAD`].
-    pub(super) fn all(name: String, rows: usize) -> Self {
-        Self { name, fused: None, rows, stacked: padded(rows), heads: None }
-    }
-
-    /// All rows of a tensor, with room for so many.
-    pub(super) fn with_room(name: String, rows: usize, room: usize) -> Self {
-        Self { stacked: padded(room.max(rows)), ..Self::all(name, rows) }
-    }
-
-    /// Rows of one expert from the tensor `name` of all experts, padded like [`Rows::all`].
-    pub(super) fn fused(name: String, rows: usize, fused: Fused) -> Self {
-        Self { fused: Some(fused), ..Self::all(name, rows) }
-    }
-
-    /// The rows of `n` heads.
-    pub(super) fn heads(name: String, n: usize, heads: Heads) -> Self {
-        let rows = n * heads.dim;
-        Self { name, fused: None, rows, stacked: n * heads.stride, heads: Some(heads) }
-    }
-
-    /// Rows in the stack.
-    pub(super) fn stacked(&self) -> usize {
-        self.stacked
-    }
-
-    fn source(&self, i: usize) -> Option<usize> {
-        match self.heads {
-            Some(heads) => heads.source(i),
-            None => (i < self.rows).then_some(i),
-        }
-    }
-
-    /// Name and shape of the tensor that holds the rows.
-    pub(super) fn place(&self, cols: usize) -> (String, Vec<usize>) {
-        match self.fused {
-            None => (format!("{}.weight", self.name), vec![self.rows, cols]),
-            Some(Fused { shape: [experts, rows], .. }) => {
-                (self.name.clone(), vec![experts, rows, cols])
-            }
-        }
-    }
-
-    /// The tensor that holds the rows, and the index of the first of them in it.
-    fn tensor<'a>(&self, source: &'a dyn Source, cols: usize) -> Result<(SourceTensor<'a>, usize)> {
-        let (name, shape) = self.place(cols);
-        let first = self.fused.map_or(0, |f| f.expert * f.shape[1] + f.first);
-        Ok((source.tensor(&name, &shape)?, first))
-    }
-}
-
-/// Where rows of one expert lie in a tensor of all experts.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Fused {
-    /// Experts in the tensor, and rows of each.
-    pub(super) shape: [usize; 2],
-    /// This expert.
-    pub(super) expert: usize,
-    /// Its first row.
-    pub(super) first: usize,
-}
-
-/// Input columns of a matrix.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Cols {
-    n: usize,
-    heads: Option<Heads>,
-}
-
-impl Cols {
-    pub(super) fn all(n: usize) -> Self {
-        Self { n, heads: None }
-    }
-
-    pub(super) fn heads(n: usize, heads: Heads) -> Self {
-        Self { n: n * heads.dim, heads: Some(heads) }
-    }
-
-    fn stacked(&self) -> usize {
-        self.heads.map_or(self.n, |heads| self.n / heads.dim * heads.stride)
-    }
-
-    /// Reads `row` of `tensor` into `out` `[stacked]`.
-    fn row(&self, tensor: &SourceTensor<'_>, row: usize, out: &mut [f32]) {
-        let Some(heads) = self.heads else { return tensor.row_into(row, out) };
-        let mut values = vec![0.0; self.n];
-        tensor.row_into(row, &mut values);
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = heads.source(i).map_or(0.0, |i| values[i]);
-        }
-    }
-}
-
-/// A vector's values, none of which may be a NaN or infinity; matrices are checked as they are
-/// packed.
-pub(super) fn finite(tensor: &SourceTensor<'_>) -> Result<Vec<f32>> {
-    let values = tensor.to_f32();
-    match values.iter().position(|v| !v.is_finite()) {
-        None => Ok(values),
-        Some(col) => {
-            let (name, value) = (tensor.name().to_owned(), values[col]);
-            Err(WeightsError::NonFinite { name, row: 0, col, value }.into())
-        }
-    }
-}
-
-/// `n` rows as the device holds them; `row(i)` is where the tensor has row `i`, unless that is
-/// padding. Integers that are packed and scaled as wanted are copied, and so stay exactly what they
-/// are.
-fn pack_rows(
-    format: WeightFormat,
-    tensor: &SourceTensor<'_>,
-    cols: Cols,
-    n: usize,
-    row: impl Fn(usize) -> Option<usize> + Sync,
-) -> Result<Encoded, WeightsError> {
-    let width = cols.stacked();
-    let n_scales = |f: WeightFormat| f.scales_per_row(width);
-    let alike = |f: WeightFormat| {
-        f.bits() == format.bits() && n_scales(f) > 0 && n_scales(f) == n_scales(format)
-    };
-    if cols.heads.is_some() || !tensor.quantized_format().is_some_and(alike) {
-        return format.encode(tensor.name(), n, width, |i, out| match row(i) {
-            Some(row) => cols.row(tensor, row, out),
-            None => out.fill(0.0),
-        });
-    }
-    let mut weights = vec![0; n * format.bytes_per_row(width)];
-    let mut scales = vec![0.0; n * n_scales(format)];
-    let scales_of = scales.chunks_mut(n_scales(format));
-    let rows = weights.chunks_mut(format.bytes_per_row(width)).zip(scales_of);
-    for (i, (weights, scales)) in rows.enumerate() {
-        if let Some(row) = row(i) {
-            let (from, factors) = tensor.packed_row(row);
-            weights[..from.len()].copy_from_slice(from);
-            scales.copy_from_slice(factors);
-        }
-    }
-    Ok(Encoded { weights, scales })
 }
 
 /// Loads tensors, or only counts them.
@@ -329,14 +159,14 @@ impl<'a> Loader<'a> {
         if format == WeightFormat::W8A8 {
             return Err(ModelError::Int8Activations { what: "experts only" }.into());
         }
-        let total = padded(rows.iter().map(|r| r.stacked).sum());
+        let total = padded(rows.iter().map(|r| r.stacked()).sum());
         let row_bytes = format.bytes_per_row(cols.stacked());
         let most = self.rows_per_buffer(&rows[0].name, row_bytes, total)?;
         let mut parts = Vec::new();
         for first in (0..total).step_by(most) {
             let range = first..(first + most).min(total);
             let matrix = self.matrix(&rows[0].name, 1, range.len(), cols, format)?;
-            self.fill(&matrix, 0, rows, range.clone(), cols)?;
+            self.fill(&matrix, rows, range.clone(), cols)?;
             let bias = if bias { Some(self.bias(rows, range)?) } else { None };
             parts.push((first, matrix, bias));
         }
@@ -349,7 +179,7 @@ impl<'a> Loader<'a> {
         &mut self,
         experts: &[usize],
         n_places: usize,
-        rows: impl Fn(usize) -> Vec<Rows>,
+        rows: impl Fn(usize) -> Vec<Rows> + Sync,
         cols: Cols,
         format: WeightFormat,
     ) -> Result<Vec<(usize, Matrix)>> {
@@ -366,7 +196,7 @@ impl<'a> Loader<'a> {
         cols: Cols,
         format: WeightFormat,
     ) -> Result<Vec<(usize, Matrix)>> {
-        let total = padded(stack.iter().map(|r| r.stacked).sum());
+        let total = padded(stack.iter().map(|r| r.stacked()).sum());
         let expert_bytes = total * format.bytes_per_row(cols.stacked());
         let most = (self.max_binding() / expert_bytes.max(1)).min(n_experts.max(1));
         if most == 0 {
@@ -381,17 +211,43 @@ impl<'a> Loader<'a> {
             .collect()
     }
 
+    /// Experts are packed side by side, as many as a piece holds: one alone is too little work for
+    /// the host's cores.
     fn fill_banks(
         &mut self,
         banks: &[(usize, Matrix)],
         experts: &[usize],
-        rows: impl Fn(usize) -> Vec<Rows>,
+        rows: impl Fn(usize) -> Vec<Rows> + Sync,
         cols: Cols,
     ) -> Result<()> {
+        let Target::Device(source, _) = &self.target else { return Ok(()) };
+        let source = *source;
         for (first, matrix) in banks {
             let here = experts.iter().skip(*first).take(matrix.n_experts);
-            for (place, &expert) in here.enumerate() {
-                self.fill(matrix, place, &rows(expert), 0..matrix.rows, cols)?;
+            let here: Vec<(usize, usize)> = here.copied().enumerate().collect();
+            let expert_bytes = matrix.rows * matrix.format.bytes_per_row(cols.stacked());
+            let side_by_side = (PIECE_BYTES / expert_bytes.max(1)).max(1);
+            for experts in here.chunks(side_by_side) {
+                let packed =
+                    map_all(experts, |&(place, expert)| -> Result<Vec<(usize, Encoded)>> {
+                        let (mut pieces, first) = (Vec::new(), place * matrix.rows);
+                        pack(
+                            source,
+                            &rows(expert),
+                            0..matrix.rows,
+                            cols,
+                            matrix.format,
+                            |row, piece| {
+                                pieces.push((first + row, piece));
+                            },
+                        )?;
+                        Ok(pieces)
+                    });
+                for pieces in packed {
+                    for (row, piece) in pieces? {
+                        self.upload(matrix, row, cols, &piece);
+                    }
+                }
             }
         }
         Ok(())
@@ -430,27 +286,32 @@ impl<'a> Loader<'a> {
         Ok(Matrix { weights, scales, format, rows, cols, n_experts })
     }
 
-    /// Packs rows `range` of the stack into the rows of `expert`, piece by piece.
+    /// Packs rows `range` of the stack into those of a matrix, piece by piece.
     fn fill(
         &mut self,
         matrix: &Matrix,
-        expert: usize,
         stack: &[Rows],
         range: Range<usize>,
         cols: Cols,
     ) -> Result<()> {
-        let Target::Device(source, device) = &mut self.target else { return Ok(()) };
+        let Target::Device(source, _) = &self.target else { return Ok(()) };
+        let source = *source;
+        pack(source, stack, range, cols, matrix.format, |row, piece| {
+            self.upload(matrix, row, cols, &piece);
+        })
+    }
+
+    /// Writes packed rows from `row` of a matrix on.
+    fn upload(&mut self, matrix: &Matrix, row: usize, cols: Cols, packed: &Encoded) {
+        let Target::Device(_, device) = &mut self.target else { return };
         let row_bytes = matrix.format.bytes_per_row(cols.stacked()) as u64;
         let scale_bytes = matrix.format.scales_per_row(cols.stacked()) as u64 * 4;
-        pack(*source, stack, range, cols, matrix.format, |row, packed| {
-            let at = (expert * matrix.rows + row) as u64;
-            device.write_at(&matrix.weights, at * row_bytes, &packed.weights);
-            if scale_bytes > 0 {
-                let bytes = bytemuck::cast_slice(&packed.scales);
-                device.write_at(&matrix.scales, at * scale_bytes, bytes);
-            }
-            (self.progress)(packed.weights.len() as u64);
-        })
+        device.write_at(&matrix.weights, row as u64 * row_bytes, &packed.weights);
+        if scale_bytes > 0 {
+            let bytes = bytemuck::cast_slice(&packed.scales);
+            device.write_at(&matrix.scales, row as u64 * scale_bytes, bytes);
+        }
+        (self.progress)(packed.weights.len() as u64);
     }
 
     fn bias(&mut self, stack: &[Rows], range: Range<usize>) -> Result<Tensor> {
@@ -459,41 +320,10 @@ impl<'a> Loader<'a> {
         let mut values = Vec::new();
         for part in stack {
             let bias = finite(&source.tensor(&format!("{}.bias", part.name), &[part.rows])?)?;
-            values.extend((0..part.stacked).map(|i| part.source(i).map_or(0.0, |i| bias[i])));
+            values.extend((0..part.stacked()).map(|i| part.source(i).map_or(0.0, |i| bias[i])));
         }
         values.resize(values.len().max(range.end), 0.0);
         device.write(&tensor, &values[range]);
         Ok(tensor)
     }
-}
-
-/// Packs rows `range` of a stack piece by piece; `sink` gets the first row of each piece, counted
-/// from the range's start.
-pub(super) fn pack(
-    source: &dyn Source,
-    stack: &[Rows],
-    range: Range<usize>,
-    cols: Cols,
-    format: WeightFormat,
-    mut sink: impl FnMut(usize, Encoded),
-) -> Result<()> {
-    let width = cols.stacked();
-    // Whole groups of rows that lie interleaved.
-    let piece = (PIECE_BYTES / format.bytes_per_row(width) / PAD * PAD).max(PAD);
-    let mut start = 0;
-    for part in stack {
-        let inside = start.max(range.start)..(start + part.stacked).min(range.end);
-        if !inside.is_empty() {
-            let (tensor, row_0) = part.tensor(source, cols.n)?;
-            for first in inside.clone().step_by(piece) {
-                let n = piece.min(inside.end - first);
-                let row = |i| part.source(first + i - start).map(|row| row_0 + row);
-                let mut packed = pack_rows(format, &tensor, cols, n, row)?;
-                format.interleave(&mut packed.weights, width);
-                sink(first - range.start, packed);
-            }
-        }
-        start += part.stacked;
-    }
-    Ok(())
 }

@@ -9,7 +9,8 @@ use crate::{
 
 use super::{
     linear::{Input, Linear},
-    loader::{Cols, Loader, Rows},
+    loader::Loader,
+    rows::{Cols, Rows},
     scratch::Buffers,
 };
 

@@ -14,6 +14,7 @@ mod offload;
 mod regime;
 mod rope;
 mod routed_experts;
+mod rows;
 mod scratch;
 mod shard;
 mod spec;

@@ -14,7 +14,7 @@ use super::{
     Model, ModelSpec, MoeSpec, Precision,
     banks::{BankShape, names},
     experts::Experts,
-    loader::{Cols, Rows, finite, pack},
+    rows::{Cols, Rows, finite, pack},
 };
 
 /// Experts of a file, packed and checked.

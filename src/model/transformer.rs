@@ -13,11 +13,12 @@ use super::{
     attention::Attention,
     experts::Experts,
     linear::{Input, Linear},
-    loader::{Cols, Loader, Rows},
+    loader::Loader,
     mlp::Mlp,
     regime::ExpertShape,
     rope::rope_table,
     routed_experts::RoutedExperts,
+    rows::{Cols, Rows},
     scratch::Buffers,
 };
 
