@@ -52,13 +52,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     atomicMax(&largest, max(max(bits.x, bits.y), max(bits.z, bits.w)));
     workgroupBarrier();
     let most = atomicLoad(&largest);
-    // Not 127 / most: adapters divide by inverting, and that of the largest numbers would be zero.
     let scale = bitcast<f32>(most) * (1.0 / 127.0);
-    let inverse = 1.0 / scale;
+    // Times a power of two that brings the largest to 1 to 4: adapters divide by inverting, and the
+    // inverse of the largest numbers would be zero.
+    let small = bitcast<f32>(max(254u - min(most >> 23u, 254u), 1u) << 23u);
+    let inverse = 127.0 / (bitcast<f32>(most) * small);
     let finite = most >= TINY && most < INFINITE;
     let base = row * (p.cols4 + 4u);
     for (var i = lid; i < p.cols4; i += THREADS) {
-        let q = select(vec4(0), vec4<i32>(round(value(row, i) * inverse)), finite);
+        let q = select(vec4(0), vec4<i32>(round(value(row, i) * small * inverse)), finite);
         out[base + i] = pack4xI8(q);
     }
     if (lid == 0u) {
