@@ -17,23 +17,25 @@ pub(crate) fn print_line(text: impl std::fmt::Display) -> anyhow::Result<()> {
 #[derive(Debug)]
 pub(crate) struct Stopwatch {
     start: Instant,
-    first_token: Option<Instant>,
+    first_piece: Option<Instant>,
+    n_pieces: usize,
 }
 
 impl Stopwatch {
     pub(crate) fn start() -> Self {
-        Self { start: Instant::now(), first_token: None }
+        Self { start: Instant::now(), first_piece: None, n_pieces: 0 }
     }
 
-    /// Call at every token; the first counts.
-    pub(crate) fn token(&mut self) {
-        self.first_token.get_or_insert_with(Instant::now);
+    /// Call at every piece of text; the first counts.
+    pub(crate) fn piece(&mut self) {
+        self.first_piece.get_or_insert_with(Instant::now);
+        self.n_pieces += 1;
     }
 
     /// Speeds of an answer of `n_tokens` to a prompt of `n_prompt`.
     pub(crate) fn stop(&self, n_prompt: usize, n_tokens: usize) -> Speed {
         let end = Instant::now();
-        let first = self.first_token.unwrap_or(end);
+        let first = self.first_piece.unwrap_or(end);
         let (ttft, decode) = (first - self.start, end - first);
         let rate = |n: usize, time: Duration| n as f64 / time.as_secs_f64().max(1e-9);
         Speed {
@@ -41,7 +43,11 @@ impl Stopwatch {
             completion_tokens: n_tokens,
             time_to_first_token_s: ttft.as_secs_f64(),
             prompt_tokens_per_s: rate(n_prompt, ttft),
-            decode_tokens_per_s: rate(n_tokens.saturating_sub(1), decode),
+            // Tokens whose text came at once were not timed one by one.
+            decode_tokens_per_s: match self.n_pieces {
+                0 | 1 => rate(n_tokens, end - self.start),
+                _ => rate(n_tokens - 1, decode),
+            },
         }
     }
 }
@@ -97,4 +103,22 @@ pub(crate) fn print_profile(timings: &[Timing], n_steps: usize) {
     }
     let ms = total * 1e3;
     eprintln!("{:<24} {:>8} {ms:>12.3}   over {n_steps} steps", "total", timings.len());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_that_comes_at_once_has_the_rate_of_the_whole_answer() {
+        let mut watch = Stopwatch::start();
+        std::thread::sleep(Duration::from_millis(20));
+        watch.piece();
+        assert!(watch.stop(1, 8).decode_tokens_per_s <= 8.0 / 0.02);
+        std::thread::sleep(Duration::from_millis(5));
+        watch.piece();
+        // Of two pieces the first one's time is not the answer's.
+        let late = watch.stop(1, 8);
+        assert!(late.time_to_first_token_s >= 0.02 && late.decode_tokens_per_s <= 7.0 / 0.005);
+    }
 }

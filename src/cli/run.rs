@@ -119,7 +119,7 @@ impl Chat {
         let mut out = std::io::stdout();
         let mut failure = None;
         let answer = llm.generate(prompt, params, self.sampling.stop.clone(), |piece| {
-            watch.token();
+            watch.piece();
             if print {
                 failure = write!(out, "{piece}").and_then(|()| out.flush()).err();
             }
