@@ -160,7 +160,7 @@ fn dot_rows(row: u32, up_row: u32, x_row: u32, n_live: u32, lane: u32) {
 
 // Whether threads of a subgroup share out the sums while they add up.
 fn sums_halve() -> bool {
-    return CAN_PASS && SUBLANES >= TOKENS * SETS;
+    return CAN_PASS && !SHORT && SUBLANES >= TOKENS * SETS;
 }
 
 // Whether sums pass through workgroup memory.

@@ -228,21 +228,9 @@ impl<'a> Loader<'a> {
             let expert_bytes = matrix.rows * matrix.format.bytes_per_row(cols.stacked());
             let side_by_side = (PIECE_BYTES / expert_bytes.max(1)).max(1);
             for experts in here.chunks(side_by_side) {
-                let packed =
-                    map_all(experts, |&(place, expert)| -> Result<Vec<(usize, Encoded)>> {
-                        let (mut pieces, first) = (Vec::new(), place * matrix.rows);
-                        pack(
-                            source,
-                            &rows(expert),
-                            0..matrix.rows,
-                            cols,
-                            matrix.format,
-                            |row, piece| {
-                                pieces.push((first + row, piece));
-                            },
-                        )?;
-                        Ok(pieces)
-                    });
+                let packed = map_all(experts, |&(place, expert)| {
+                    pack_expert(source, &rows(expert), matrix, place, cols)
+                });
                 for pieces in packed {
                     for (row, piece) in pieces? {
                         self.upload(matrix, row, cols, &piece);
@@ -326,4 +314,19 @@ impl<'a> Loader<'a> {
         device.write(&tensor, &values[range]);
         Ok(tensor)
     }
+}
+
+/// The rows of an expert: which of the bank's each piece begins with.
+fn pack_expert(
+    source: &dyn Source,
+    stack: &[Rows],
+    bank: &Matrix,
+    place: usize,
+    cols: Cols,
+) -> Result<Vec<(usize, Encoded)>> {
+    let (mut pieces, first) = (Vec::new(), place * bank.rows);
+    pack(source, stack, 0..bank.rows, cols, bank.format, |row, piece| {
+        pieces.push((first + row, piece));
+    })?;
+    Ok(pieces)
 }
