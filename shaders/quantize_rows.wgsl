@@ -55,7 +55,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let scale = bitcast<f32>(most) * (1.0 / 127.0);
     // Times a power of two that brings the largest to 1 to 4: adapters divide by inverting, and the
     // inverse of the largest numbers would be zero.
-    let small = bitcast<f32>(max(254u - min(most >> 23u, 254u), 1u) << 23u);
+    let small = bitcast<f32>((254u - min(most >> 23u, 253u)) << 23u);
     let inverse = 127.0 / (bitcast<f32>(most) * small);
     let finite = most >= TINY && most < INFINITE;
     let base = row * (p.cols4 + 4u);

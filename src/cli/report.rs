@@ -46,7 +46,7 @@ impl Stopwatch {
             // Tokens whose text came at once were not timed one by one.
             decode_tokens_per_s: match self.n_pieces {
                 0 | 1 => rate(n_tokens, end - self.start),
-                _ => rate(n_tokens - 1, decode),
+                _ => rate(n_tokens.saturating_sub(1), decode),
             },
         }
     }
